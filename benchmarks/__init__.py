@@ -1,0 +1,1 @@
+"""What is measured, each file a programme: `python -m benchmarks.NAME`."""

@@ -1,0 +1,1 @@
+"""Training programmes: one Lightning task a file, run as `python -m recipes.NAME`."""
