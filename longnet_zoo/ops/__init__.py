@@ -1,0 +1,14 @@
+"""Pure functions on tensors: dilated attention and what it is made of."""
+
+from .cross_entropy import linear_cross_entropy
+from .dilated_attention import DistanceBias, dilated_attention
+from .kernels import BACKENDS
+from .pattern import DilatedPattern
+
+__all__ = [
+    "BACKENDS",
+    "DilatedPattern",
+    "DistanceBias",
+    "dilated_attention",
+    "linear_cross_entropy",
+]

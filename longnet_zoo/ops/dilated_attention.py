@@ -1,0 +1,283 @@
+"""Dilated attention (LongNet, arXiv 2307.02486), exact, forward and backward.
+
+    out_i = sum_b sum_j exp(s_ij) v_j / sum_b sum_j exp(s_ij),    s_ij = scale * q_i . k_j + bias_ij
+
+Branch b of the pattern shows query i the keys j of `DilatedPattern`. This is the paper's mixture of
+branches by their softmax denominators (Eq. 9-10): one softmax over the multiset union of keys.
+Unlike torchscale, gradients flow through the mixture, padding takes no part, and head offsets
+follow the paper (Eq. 13); `DilatedPattern(head_offset="block", padded_keys="zero")` gives the
+published weights what they were trained with.
+
+Shape legend: b batch, n seq_len, h num_heads, d head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arguments import check_arguments
+from .joint_softmax import JointSoftmax
+from .kernels import Call, choose_kernel
+from .pattern import DilatedPattern, HeadOffset, PaddedKeys
+from .positions import check_xpos_range
+from .sequences import split_sequences
+
+__all__ = ["DistanceBias", "dilated_attention"]
+
+# Maps int64 distances (key position - query position), (m,), to additive logits (num_heads, m).
+DistanceBias = Callable[[Tensor], Tensor]
+
+
+def dilated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: DilatedPattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    bias: Tensor | DistanceBias | None = None,
+    xpos_scale_base: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Any:
+    """Attends long sequences by a dilated pattern.
+
+    A row that no branch covers (possible only without a branch of rate 1), or whose keys are all
+    padding, gives zeros and an LSE of -inf.
+
+    Args:
+        q: Queries, (batch, seq_len, num_heads, head_dim); float16, bfloat16, float32 or float64.
+        k: Keys, (batch, seq_len, num_kv_heads, head_dim); num_kv_heads divides num_heads, and
+            query head i reads key head i // (num_heads // num_kv_heads).
+        v: Values, like k.
+        pattern: Which keys a query sees; any seq_len >= 1 fits any pattern.
+        is_causal: Whether a query sees only the keys up to itself.
+        scale: Factor on the dot products; 1 / sqrt(head_dim) if None.
+        bias: Added to the logits. A tensor (batch or 1, num_heads or 1, seq_len, seq_len), or a
+            function of int64 distances (key position minus query position), (m,), that returns
+            (num_heads, m), such as ALiBi. Gradients flow to it.
+        xpos_scale_base: If given, the share of channels 2c and 2c + 1 in the dot product of query i
+            and key j is multiplied by zeta_c ** ((i - j) / xpos_scale_base), with
+            zeta_c = (2c / head_dim + 0.4) / 1.4: the decay of xPos (arXiv 2212.10554), whose
+            rotation is `apply_rotary`.
+        key_padding_mask: Bool, (batch, seq_len), True at padding, which gives zeros and takes no
+            softmax mass. A right-padded row is treated as the shorter sequence it is.
+        cu_seqlens: int32, (num_sequences + 1,), rising from 0 to seq_len, with batch 1: sequences
+            packed in one row, each attended by itself, its segments starting at its start.
+        dropout_p: Probability of dropping an attention weight, in [0, 1).
+        backend: `"auto"`, or a name of `ops.kernels.BACKENDS`.
+        return_lse: Whether to return the log-sum-exp as well.
+
+    Returns:
+        The output, (batch, seq_len, num_heads, head_dim), dtype of q; with `return_lse` also the
+        natural-log LSE, (batch, seq_len, num_heads), float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: If shapes, dtypes or values do not fit, with the values.
+        TypeError: If an argument is of the wrong kind.
+        NotImplementedError: If a named backend cannot serve the call, with the reason.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 4096, 8, 64).unbind(0)
+        >>> out = dilated_attention(q, k, v, DilatedPattern.geometric(512, 4096), is_causal=True)
+    """
+    check_arguments(q, k, v, pattern, bias, key_padding_mask, cu_seqlens, dropout_p)
+    seq_len, head_dim = q.shape[1], q.shape[3]
+    span = min(pattern.segment_lengths[-1], seq_len)
+    if xpos_scale_base is not None:
+        check_xpos_range(
+            span=span,
+            head_dim=head_dim,
+            scale_base=xpos_scale_base,
+            is_causal=is_causal,
+            dtype=q.dtype,
+        )
+    seed = torch.randint(2**62, (), dtype=torch.int64) if dropout_p else None
+    out, lse = torch.ops.longnet_zoo.dilated_attention(
+        *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)),
+        bias if isinstance(bias, Tensor) else None,
+        _distance_table(bias, span, q) if callable(bias) else None,
+        key_padding_mask,
+        cu_seqlens,
+        seed,
+        pattern.segment_lengths,
+        pattern.dilation_rates,
+        pattern.head_offset,
+        pattern.padded_keys,
+        is_causal,
+        head_dim**-0.5 if scale is None else scale,
+        xpos_scale_base,
+        dropout_p,
+        backend,
+        return_lse,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _distance_table(bias: DistanceBias, span: int, q: Tensor) -> Tensor:
+    """Evaluates the bias at every distance inside a segment: (num_heads, 2 * span - 1)."""
+    table = bias(torch.arange(1 - span, span, device=q.device))
+    if table.shape != (q.shape[2], 2 * span - 1):
+        raise ValueError(
+            "bias must map distances (m,) to logits (num_heads, m), got "
+            f"{tuple(table.shape)} for num_heads={q.shape[2]} and m={2 * span - 1}."
+        )
+    return table
+
+
+class _Options(NamedTuple):
+    """What both custom ops take beside their tensors, in the order of `_OPTIONS_SCHEMA`."""
+
+    dense_bias: Tensor | None
+    distance_bias: Tensor | None
+    key_padding_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    seed: Tensor | None
+    segment_lengths: list[int]
+    dilation_rates: list[int]
+    head_offset: HeadOffset
+    padded_keys: PaddedKeys
+    is_causal: bool
+    scale: float
+    xpos_scale_base: float | None
+    dropout_p: float
+    backend: str
+    return_lse: bool
+
+    def problem(self, q: Tensor, *, has_lse_grad: bool = False) -> JointSoftmax:
+        """Finds the sequences and the kernel of a call."""
+        groups, is_hidden = split_sequences(
+            q, self.key_padding_mask, self.cu_seqlens, is_single=self.dense_bias is not None
+        )
+        if is_hidden is not None and self.padded_keys == "zero":
+            raise ValueError(
+                "padded_keys='zero' has no meaning with padding before or between tokens; "
+                "key_padding_mask must be right padding, or use padded_keys='ignore'."
+            )
+        has_bias = any(x is not None for x in (self.dense_bias, self.distance_bias, is_hidden))
+        call = Call(
+            device_type=q.device.type,
+            dtype=q.dtype,
+            head_dim=q.shape[3],
+            has_bias=has_bias,
+            has_dropout=self.dropout_p > 0,
+            has_lse_grad=has_lse_grad,
+        )
+        return JointSoftmax(
+            pattern=DilatedPattern(
+                segment_lengths=tuple(self.segment_lengths),
+                dilation_rates=tuple(self.dilation_rates),
+                head_offset=self.head_offset,
+                padded_keys=self.padded_keys,
+            ),
+            kernel=choose_kernel("auto" if has_lse_grad else self.backend, call),
+            groups=groups,
+            is_causal=self.is_causal,
+            scale=self.scale,
+            xpos_scale_base=self.xpos_scale_base,
+            is_hidden=is_hidden,
+            dense_bias=self.dense_bias,
+            distance_bias=self.distance_bias,
+            dropout_p=self.dropout_p,
+            seed=0 if self.seed is None else int(self.seed),
+        )
+
+
+_OPTIONS_SCHEMA = (
+    "Tensor? dense_bias, Tensor? distance_bias, Tensor? key_padding_mask, Tensor? cu_seqlens, "
+    "Tensor? seed, int[] segment_lengths, int[] dilation_rates, str head_offset, str padded_keys, "
+    "bool is_causal, float scale, float? xpos_scale_base, float dropout_p, str backend, "
+    "bool return_lse"
+)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return _Options(*options).problem(q).forward(q, k, v)
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+def _backward(
+    out_grad: Tensor,
+    lse_grad: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem = _Options(*options).problem(q, has_lse_grad=lse_grad is not None)
+    out_grad = out_grad if out_grad.stride(-1) == 1 else out_grad.contiguous()
+    q_grad, k_grad, v_grad, bias_grad = problem.backward(out_grad, lse_grad, q, k, v, out, lse)
+    return q_grad, k_grad, v_grad, q.new_empty(0) if bias_grad is None else bias_grad
+
+
+def _fake_backward(
+    out_grad: Tensor,
+    lse_grad: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dense, distance = options[:2]
+    bias = dense if dense is not None else distance
+    bias_grad = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias_grad
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    options = _Options(*inputs[3:])
+    tensors = options[:5]
+    ctx.options = options[5:]
+    ctx.save_for_backward(*inputs[:3], *output, *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, out_grad: Tensor | None, lse_grad: Tensor | None) -> Any:
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    options = _Options(*tensors, *ctx.options)
+    if not options.return_lse:
+        lse_grad = None
+    if out_grad is None:
+        out_grad = torch.zeros_like(out)
+    *grads, bias_grad = torch.ops.longnet_zoo.dilated_attention_backward(
+        out_grad, lse_grad, q, k, v, out, lse, *options
+    )
+    dense_grad = bias_grad if options.dense_bias is not None else None
+    distance_grad = bias_grad if options.distance_bias is not None else None
+    return *grads, dense_grad, distance_grad, *(None,) * (len(options) - 2)
+
+
+_custom_op = torch.library.custom_op(
+    "longnet_zoo::dilated_attention",
+    _forward,
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
+)
+_custom_op.register_fake(_fake_forward)
+_custom_op.register_autograd(_differentiate, setup_context=_save)
+_custom_backward = torch.library.custom_op(
+    "longnet_zoo::dilated_attention_backward",
+    _backward,
+    mutates_args=(),
+    schema=(
+        "(Tensor out_grad, Tensor? lse_grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        f"{_OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+_custom_backward.register_fake(_fake_backward)

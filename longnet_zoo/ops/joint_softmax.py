@@ -1,0 +1,279 @@
+"""Many blocks, one softmax: a kernel is run on every block, and the results become one.
+
+Forward: each block's output joins the rows it covers by its LSE. Backward: each block's backward
+runs with the joint output and LSE of its rows. P = exp(logits - joint LSE) and
+delta = rowsum(out_grad * joint out) are then those of the whole softmax, so the gradients are
+exact, the mixing of the branches included.
+
+Shape legend: b batch, n seq_len, h heads, d head_dim; a block's views are (b, s, t, u, ...) with s
+segments, t rows, u heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .kernels.bias import LogitBias
+from .kernels.call import Dropout
+from .merge import add_zero_keys_, merge_
+from .pattern import DilatedPattern
+from .positions import xpos_zeta
+from .schedule import Block, blocks_of, view_pairs, view_rows
+from .sequences import SequenceGroup
+
+__all__ = ["JointSoftmax"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """One kernel call: the block it belongs to, views of its rows, and what is added."""
+
+    block: Block
+    views: list[Tensor]
+    bias: LogitBias | None
+    dropout: Dropout | None
+    is_first: bool  # no earlier piece covers these rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointSoftmax:
+    """Dilated attention of a batch: what to run, and how.
+
+    Attributes:
+        pattern: The schedule.
+        kernel: The block primitive, a module of `ops.kernels`.
+        groups: The sequences that are attended by themselves.
+        is_causal: Whether a query sees only the keys up to itself.
+        scale: Factor on the dot products.
+        xpos_scale_base: Base of the xPos decay, or None.
+        is_hidden: Padding that is not at the end of its row, (b, n), or None.
+        dense_bias: Additive logits, (b or 1, h or 1, n, n), or None.
+        distance_bias: Additive logits by key minus query position, (h, 2m - 1), or None.
+        dropout_p: Probability of attention dropout.
+        seed: Seed of the attention dropout.
+    """
+
+    pattern: DilatedPattern
+    kernel: ModuleType
+    groups: list[SequenceGroup]
+    is_causal: bool
+    scale: float
+    xpos_scale_base: float | None
+    is_hidden: Tensor | None
+    dense_bias: Tensor | None
+    distance_bias: Tensor | None
+    dropout_p: float
+    seed: int
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns out (b, n, h, d) in the dtype of q and lse (b, n, h) in float32 or float64."""
+        dtype = _sum_dtype(q)
+        out = torch.zeros(q.shape, dtype=dtype, device=q.device)
+        lse = torch.full(q.shape[:3], float("-inf"), dtype=dtype, device=q.device)
+        for piece in self._pieces([q, out, lse], [k, v]):
+            q_rows, out_rows, lse_rows, k_rows, v_rows = piece.views
+            q_rows, k_rows = self._decayed(q_rows, k_rows, piece.block)
+            new_out, new_lse = self.kernel.forward(
+                q_rows,
+                k_rows,
+                v_rows,
+                scale=self.scale,
+                is_causal=self.is_causal,
+                bias=piece.bias,
+                dropout=piece.dropout,
+            )
+            if piece.block.num_zero_keys:
+                add_zero_keys_(new_out, new_lse, piece.block.num_zero_keys)
+            if piece.is_first:
+                out_rows.copy_(new_out)
+                lse_rows.copy_(new_lse)
+            else:
+                merge_(out_rows, lse_rows, new_out, new_lse)
+        if self.is_hidden is not None:
+            out.masked_fill_(self.is_hidden[:, :, None, None], 0.0)
+            lse.masked_fill_(self.is_hidden[:, :, None], float("-inf"))
+        return out.to(q.dtype), lse
+
+    def backward(
+        self,
+        out_grad: Tensor,
+        lse_grad: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Returns the gradients of q, k, v and of the bias (None without one)."""
+        # A row that saw nothing has no weights: exp(logits - inf) = 0.
+        lse = lse.masked_fill(lse == float("-inf"), float("inf"))
+        grads = [torch.zeros(x.shape, dtype=_sum_dtype(x), device=x.device) for x in (q, k, v)]
+        bias = self.dense_bias if self.dense_bias is not None else self.distance_bias
+        bias_grad = None if bias is None else torch.zeros_like(bias, dtype=_sum_dtype(q))
+        queries = [q, out_grad, out, lse, grads[0]]
+        if lse_grad is not None:
+            queries.append(lse_grad)
+        for piece in self._pieces(queries, [k, v, grads[1], grads[2]], bias_grad):
+            q_rows, out_grad_rows, out_rows, lse_rows, q_sum, *rest = piece.views
+            lse_grad_rows = rest.pop(0) if lse_grad is not None else None
+            k_rows, v_rows, k_sum, v_sum = rest
+            decayed_q, decayed_k = self._decayed(q_rows, k_rows, piece.block)
+            q_grad, k_grad, v_grad = self.kernel.backward(
+                out_grad_rows,
+                decayed_q,
+                decayed_k,
+                v_rows,
+                out_rows,
+                lse_rows,
+                scale=self.scale,
+                is_causal=self.is_causal,
+                bias=piece.bias,
+                dropout=piece.dropout,
+                lse_grad=lse_grad_rows,
+            )
+            q_grad, k_grad = self._decayed(q_grad, k_grad, piece.block)
+            _add(q_sum, q_grad, is_first=piece.is_first)
+            _add(k_sum, k_grad, is_first=piece.is_first)
+            _add(v_sum, v_grad, is_first=piece.is_first)
+        q_grad, k_grad, v_grad = (
+            grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)
+        )
+        if bias is not None and bias_grad is not None:
+            bias_grad = bias_grad.to(bias.dtype)
+        return q_grad, k_grad, v_grad, bias_grad
+
+    def _pieces(
+        self,
+        query_tensors: list[Tensor],
+        kv_tensors: list[Tensor],
+        bias_grad: Tensor | None = None,
+    ) -> Iterator[_Piece]:
+        """Lists the kernel calls; a branch of rate 1 comes first, since it covers every row."""
+        num_heads, num_kv_heads = query_tensors[0].shape[2], kv_tensors[0].shape[2]
+        seeds = count(self.seed, 2**32)
+        for group in self.groups:
+            blocks = blocks_of(self.pattern, group.length, num_heads, num_kv_heads, self.is_causal)
+            covering = min(blocks, key=lambda block: block.row_step).branch
+            for block in sorted(blocks, key=lambda block: block.branch != covering):
+                views = [view_rows(group.select(x), block) for x in query_tensors]
+                views += [view_rows(group.select(x), block, is_kv=True) for x in kv_tensors]
+                is_first = block.branch == covering and block.row_step == 1
+                for part in self._parts(views, group, block, bias_grad):
+                    dropout = Dropout(probability=self.dropout_p, seed=next(seeds))
+                    yield _Piece(
+                        block=block,
+                        views=part[0],
+                        bias=part[1],
+                        dropout=dropout if self.dropout_p else None,
+                        is_first=is_first,
+                    )
+
+    def _parts(
+        self, views: list[Tensor], group: SequenceGroup, block: Block, bias_grad: Tensor | None
+    ) -> Iterator[tuple[list[Tensor], LogitBias | None]]:
+        """Cuts a block into kernel calls, each with what is added to its logits."""
+        if self.dense_bias is None and self.distance_bias is None and self.is_hidden is None:
+            for part in _folded(views):
+                yield part, None
+            return
+        if self.is_hidden is not None:
+            num_heads = block.head_start + block.num_heads * block.head_step
+            is_hidden = self.is_hidden.unsqueeze(-1).expand(-1, -1, num_heads)
+            views = [*views, view_rows(group.select(is_hidden), block)]
+        heads = slice(
+            block.head_start, block.head_start + block.num_heads * block.head_step, block.head_step
+        )
+        dense = self._dense_views(self.dense_bias, group, block)
+        dense_grad = self._dense_views(bias_grad, group, block) if dense is not None else None
+        parts = _folded(views) if dense is None else _one_by_one(views)
+        for index, part in enumerate(parts):
+            row, segment = divmod(index, block.num_segments)
+            bias = LogitBias(
+                row_step=block.row_step,
+                by_distance=None if self.distance_bias is None else self.distance_bias[heads],
+                by_distance_grad=(
+                    None if self.distance_bias is None or bias_grad is None else bias_grad[heads]
+                ),
+                dense=None if dense is None else dense[row, segment],
+                dense_grad=None if dense_grad is None else _unshared(dense_grad[row, segment]),
+                is_hidden=part[-1] if self.is_hidden is not None else None,
+            )
+            yield part[: len(part) - (self.is_hidden is not None)], bias
+
+    def _dense_views(
+        self, bias: Tensor | None, group: SequenceGroup, block: Block
+    ) -> Tensor | None:
+        if bias is None or self.dense_bias is None:
+            return None
+        num_heads = block.head_start + block.num_heads * block.head_step
+        batch = group.first + group.count if not group.is_packed else 1
+        bias = bias.expand(
+            batch if bias.shape[0] == 1 else -1, num_heads if bias.shape[1] == 1 else -1, -1, -1
+        )
+        return view_pairs(group.select_pairs(bias), block)
+
+    def _decayed(self, q_rows: Tensor, k_rows: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+        """Multiplies by the xPos factors, centred in the segment, where they are smallest."""
+        if self.xpos_scale_base is None:
+            return q_rows, k_rows
+        num_rows = torch.arange(block.num_rows, dtype=torch.float64)
+        places = (num_rows - (block.num_rows - 1) / 2) * block.row_step / self.xpos_scale_base
+        log_zeta = xpos_zeta(q_rows.shape[-1]).double().log().repeat_interleave(2)
+        factors = torch.exp(places[:, None] * log_zeta).to(_sum_dtype(q_rows)).unsqueeze(1)
+        factors = factors.to(q_rows.device)
+        return (q_rows * factors).to(q_rows.dtype), (k_rows / factors).to(k_rows.dtype)
+
+
+# Rows of one kernel call, where a block has several segments: bounds the memory of its results.
+_MAX_ROWS_PER_CALL = 2**13
+
+
+def _folded(views: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Joins batch and segments (b, s, ...) into the batch of few calls, without a copy."""
+    batch, num_segments, num_rows = views[0].shape[:3]
+    if batch == 1:
+        rows = [view[0] for view in views]
+    elif num_segments == 1:
+        rows = [view[:, 0] for view in views]
+    elif all(view.stride(0) == num_segments * view.stride(1) for view in views):
+        rows = [view.flatten(0, 1) for view in views]
+    else:
+        axis = 0 if batch <= num_segments else 1
+        for index in range(min(batch, num_segments)):
+            yield from _folded([view.narrow(axis, index, 1) for view in views])
+        return
+    size = max(1, _MAX_ROWS_PER_CALL // num_rows)
+    yield from (list(part) for part in zip(*(row.split(size) for row in rows), strict=True))
+
+
+def _one_by_one(views: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Each segment of each batch row by itself."""
+    for row in range(views[0].shape[0]):
+        for segment in range(views[0].shape[1]):
+            yield [view[row, segment : segment + 1] for view in views]
+
+
+def _add(total: Tensor, grad: Tensor, *, is_first: bool) -> None:
+    """Adds the gradient of a call (b, t, u, d) to the sums of its rows."""
+    if total.stride(2) == 0 and total.shape[2] > 1:  # one key head serves all heads of the call
+        total, grad = total[:, :, :1], grad.sum(2, keepdim=True)
+    if is_first:
+        total.copy_(grad)
+    else:
+        total.add_(grad)
+
+
+def _unshared(bias_grad: Tensor) -> Tensor:
+    """The view (u, t, t) with a head axis of one where all heads share the bias."""
+    return bias_grad[:1] if bias_grad.stride(0) == 0 else bias_grad
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    """Sums over branches are kept in at least float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,84 @@
+"""The block primitive with PyTorch's memory-efficient attention kernel: CUDA, float32 included.
+
+Shape legend: b batch, t rows, u heads, d head_dim. PyTorch's layout is (b, u, t, d).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .bias import LogitBias
+from .call import Call, Dropout
+
+__all__ = ["NAME", "backward", "forward", "supports"]
+
+NAME = "efficient"
+
+_aten = torch.ops.aten
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LSE_ALIGNMENT = 32
+
+
+def supports(call: Call) -> str | None:
+    """Says why a call cannot be served, or None."""
+    if call.device_type != "cuda":
+        return f"needs a CUDA device, got {call.device_type!r}"
+    if call.dtype not in _DTYPES:
+        return f"does not support {call.dtype}"
+    if call.head_dim % 8:
+        return f"needs a head_dim divisible by 8, got {call.head_dim}"
+    return call.beyond_fused()
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    is_causal: bool,
+    bias: LogitBias | None,
+    dropout: Dropout | None,
+) -> tuple[Tensor, Tensor]:
+    """Attends one block: out (b, t, u, d) in the dtype of q, lse (b, t, u) in float32."""
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    out, lse, *_ = _aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, True, 0.0, is_causal, scale=scale
+    )
+    return out.transpose(1, 2), lse[:, :, : q.shape[2]].transpose(1, 2)
+
+
+def backward(
+    out_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    is_causal: bool,
+    bias: LogitBias | None,
+    dropout: Dropout | None,
+    lse_grad: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a block, given the out and LSE of the whole softmax it is a part of."""
+    # The kernel reads LSEs in aligned rows; +inf gives the padding no weight.
+    lse = pad(lse.transpose(1, 2), (0, -lse.shape[1] % _LSE_ALIGNMENT), value=float("inf"))
+    rng_state = torch.zeros((), dtype=torch.int64, device=q.device)  # read only by dropout
+    grads = _aten._scaled_dot_product_efficient_attention_backward(
+        *(tensor.transpose(1, 2) for tensor in (out_grad, q, k, v)),
+        None,
+        out.transpose(1, 2),
+        lse.contiguous(),
+        rng_state,
+        rng_state,
+        0.0,
+        [True, True, True, False],
+        is_causal,
+        scale=scale,
+    )
+    q_grad, k_grad, v_grad = (grad.transpose(1, 2) for grad in grads[:3])
+    return q_grad, k_grad, v_grad

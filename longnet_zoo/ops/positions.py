@@ -1,0 +1,233 @@
+"""How positions enter attention: rotary, xPos, ALiBi and T5's relative buckets, as pure functions.
+
+- Rotary (Su et al., arXiv 2104.09864): channel pair c turns by the angle position * base^(-2c/d).
+- xPos (Sun et al., arXiv 2212.10554): the logit of pair c also shrinks by
+  zeta_c^((i - j) / scale_base), zeta_c = (2c/d + 0.4) / 1.4. `dilated_attention` applies it inside
+  segments (`xpos_scale_base`); here are its numbers and the check of their range.
+- ALiBi (Press et al., arXiv 2108.12409): each head adds -slope * |i - j| to its logits.
+- T5 (Raffel et al., arXiv 1910.10683): one learned value per head and bucket of distances.
+
+Shape legend: b batch, n seq_len, h num_heads, d head_dim, c pairs (d / 2), m distances.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "alibi_slopes",
+    "apply_rotary",
+    "check_xpos_range",
+    "relative_buckets",
+    "rotary_tables",
+    "xpos_zeta",
+]
+
+# Positions whose float64 angles exist at once: 16 MiB for a head of 64.
+_POSITIONS_PER_CHUNK = 65_536
+
+
+def rotary_tables(
+    positions: Tensor, head_dim: int, *, base: float = 10000.0
+) -> tuple[Tensor, Tensor]:
+    """Computes cosine and sine of the rotary angles, exact at any position.
+
+    Angles are float64 until their cosine and sine are taken: float32 angles are off by 0.06 rad
+    at one million, bfloat16 ones by whole turns. This happens on the CPU for devices without
+    float64 (MPS).
+
+    Args:
+        positions: Absolute positions, (seq_len,).
+        head_dim: Channels per head, even.
+        base: Ratio of the longest to the shortest wavelength.
+
+    Returns:
+        Cosine and sine, each float32 (seq_len, head_dim / 2), on the device of `positions`.
+
+    Raises:
+        ValueError: If `head_dim` is odd or `base` is not above 1.
+    """
+    _check_head_dim(head_dim)
+    if not base > 1.0:
+        raise ValueError(f"base must be above 1, got {base}. The usual value is 10000.")
+    device = positions.device
+    work_device = torch.device("cpu") if device.type == "mps" else device
+    pairs = torch.arange(head_dim // 2, device=work_device, dtype=torch.float64)
+    frequencies = base ** (-2.0 * pairs / head_dim)
+    chunks = []
+    for chunk in positions.to(work_device).split(_POSITIONS_PER_CHUNK):
+        angles = chunk.to(torch.float64)[:, None] * frequencies
+        chunks.append((angles.cos().float(), angles.sin().float()))
+    if len(chunks) == 1:
+        cos, sin = chunks[0]
+    else:
+        cos = torch.cat([chunk[0] for chunk in chunks])
+        sin = torch.cat([chunk[1] for chunk in chunks])
+    return cos.to(device), sin.to(device)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each channel pair (2c, 2c + 1) of `x` by its angle.
+
+    The pairs are neighbouring channels, as in the paper and torchscale (other code bases pair
+    channel c with c + d/2: the same model with permuted projection weights).
+
+    Args:
+        x: Queries or keys, (batch, seq_len, num_heads, head_dim).
+        cos: Cosines of the angles, (seq_len, head_dim / 2).
+        sin: Sines of the angles, (seq_len, head_dim / 2).
+
+    Returns:
+        The rotated tensor in the dtype of `x`; half types are rotated in float32.
+
+    Raises:
+        ValueError: If the tables do not fit `x`.
+    """
+    if x.ndim != 4 or cos.shape != (x.shape[1], x.shape[3] // 2) or sin.shape != cos.shape:
+        raise ValueError(
+            "cos and sin must be (seq_len, head_dim / 2) for x of (batch, seq_len, num_heads, "
+            f"head_dim), got x {tuple(x.shape)}, cos {tuple(cos.shape)} and sin "
+            f"{tuple(sin.shape)}."
+        )
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def xpos_zeta(head_dim: int) -> Tensor:
+    """Computes xPos's decay per channel pair, zeta_c = (2c/d + 0.4) / 1.4: float64 (head_dim / 2,).
+
+    Raises:
+        ValueError: If `head_dim` is odd.
+    """
+    _check_head_dim(head_dim)
+    return (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim + 0.4) / 1.4
+
+
+def check_xpos_range(
+    *, span: int, head_dim: int, scale_base: float, is_causal: bool, dtype: torch.dtype
+) -> None:
+    """Checks that xPos can be applied inside a segment without overflow.
+
+    Queries are multiplied by zeta^(t / scale_base) and keys by its inverse, t counted from the
+    middle of the segment, so the largest factor is F = zeta_0^(-span / 2 / scale_base). It must
+    fit `dtype` with room for the tensor that it multiplies. If attention looks ahead, logits grow
+    by up to F^2, which must fit the type that logits are summed in (at least float32).
+
+    Args:
+        span: Positions of the segment.
+        head_dim: Channels per head.
+        scale_base: xPos's scale base, in positions; 512 in the paper.
+        is_causal: Whether queries see no later key.
+        dtype: Dtype that queries and keys have when they are multiplied.
+
+    Raises:
+        ValueError: If a factor or logit may overflow, or `scale_base` is not positive.
+    """
+    if not scale_base > 0.0:
+        raise ValueError(
+            f"scale_base must be positive, got scale_base={scale_base}. The usual value is 512."
+        )
+    _check_head_dim(head_dim)
+    limit = _largest_log_factor(is_causal, dtype)
+    decay_per_position = math.log(1.4 / 0.4)  # ln(1 / zeta_0); no other pair decays faster.
+    needed = math.ceil(span / 2 * decay_per_position / limit)
+    if span / 2 * decay_per_position / scale_base > limit:
+        mode = "causal" if is_causal else "bidirectional"
+        raise ValueError(
+            f"xPos with scale_base={scale_base} overflows {dtype} in a segment of {span} positions "
+            f"({mode} attention): factors would reach "
+            f"exp({span / 2 * decay_per_position / scale_base:.0f}), the limit is "
+            f"exp({limit:.0f}). Use scale_base={needed} or more, or shorter segments."
+        )
+
+
+def _largest_log_factor(is_causal: bool, dtype: torch.dtype) -> float:
+    # Room for the values that are multiplied: up to e^11 (60,000); float16, whose largest value is
+    # e^11.09, leaves room for e^5 (148).
+    headroom = 5.0 if dtype == torch.float16 else 11.0
+    factor_limit = math.log(torch.finfo(dtype).max) - headroom
+    if is_causal:
+        return factor_limit
+    sum_dtype = torch.promote_types(dtype, torch.float32)
+    return min(factor_limit, (math.log(torch.finfo(sum_dtype).max) - 3.7) / 2)
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """Computes ALiBi's slope per head: float32 (num_heads,).
+
+    For a power of two the slopes are 2^(-8/h), 2^(-16/h), ..., 2^-8. Otherwise they are those of
+    the next lower power of two p, then every other one of 2p, as in the paper's code.
+
+    Raises:
+        ValueError: If `num_heads` is below 1.
+    """
+    if num_heads < 1:
+        raise ValueError(f"num_heads must be at least 1, got {num_heads}.")
+    power = 2 ** (num_heads.bit_length() - 1)
+    exponents = [8.0 * (i + 1) / power for i in range(power)]
+    exponents += [4.0 * (2 * i + 1) / power for i in range(num_heads - power)]
+    return torch.tensor([2.0**-exponent for exponent in exponents])
+
+
+def relative_buckets(
+    distances: Tensor, *, num_buckets: int, max_distance: int, bidirectional: bool
+) -> Tensor:
+    """Sorts distances into T5's buckets: short ones exact, longer ones logarithmic.
+
+    With e exact buckets (half of a direction's m buckets), |distance| x falls into bucket x if
+    x < e, else into e + floor((m - e) * ln(x / e) / ln(max_distance / e)), at most m - 1.
+    Bidirectional: half the buckets for keys at or before the query, the other half for later
+    keys. Otherwise later keys share bucket 0.
+
+    Args:
+        distances: Key position minus query position, int64 of any shape.
+        num_buckets: Number of buckets, of both directions together.
+        max_distance: Distance from which on all share the last bucket.
+        bidirectional: Whether later keys have buckets of their own.
+
+    Returns:
+        Buckets in [0, num_buckets), int64, shape of `distances`.
+
+    Raises:
+        ValueError: If `num_buckets` or `max_distance` is too small, or `num_buckets` is odd and
+            `bidirectional`.
+    """
+    num_directed = num_buckets // 2 if bidirectional else num_buckets
+    num_exact = num_directed // 2
+    if num_exact < 1 or (bidirectional and num_buckets % 2):
+        rule = "an even number of at least 4 if bidirectional" if bidirectional else "at least 2"
+        raise ValueError(f"num_buckets must be {rule}, got num_buckets={num_buckets}.")
+    if max_distance <= num_exact:
+        raise ValueError(
+            "max_distance must exceed the number of exact buckets, got "
+            f"max_distance={max_distance} and {num_exact} exact of num_buckets={num_buckets}."
+        )
+    starts = _bucket_starts(num_directed, num_exact, max_distance)
+    lengths = distances.abs() if bidirectional else (-distances).clamp(min=0)
+    boundaries = torch.tensor(starts, device=distances.device)
+    buckets = torch.bucketize(lengths, boundaries, right=True)
+    if bidirectional:
+        buckets = buckets + (distances > 0) * num_directed
+    return buckets
+
+
+def _bucket_starts(num_directed: int, num_exact: int, max_distance: int) -> list[int]:
+    # Integers, so that no rounding of a logarithm moves a distance to its neighbour's bucket; the
+    # small amount is subtracted for powers that are whole numbers but for rounding.
+    ratio, num_log = max_distance / num_exact, num_directed - num_exact
+    logarithmic = [
+        math.ceil(num_exact * ratio ** (k / num_log) - 1e-9 * max_distance)
+        for k in range(1, num_log)
+    ]
+    return [*range(1, num_exact + 1), *logarithmic]
+
+
+def _check_head_dim(head_dim: int) -> None:
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim must be even to form channel pairs, got head_dim={head_dim}.")

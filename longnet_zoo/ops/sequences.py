@@ -1,0 +1,90 @@
+"""The sequences in a batch: rows of a padded batch, or stretches of one packed row.
+
+Shape legend: b batch, n seq_len, c sequences of a group, l their length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+import torch
+from torch import Tensor
+
+__all__ = ["SequenceGroup", "split_sequences"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceGroup:
+    """Sequences of equal length that lie at equal distances in a tensor (b, n, ...)."""
+
+    is_packed: bool
+    first: int  # row of the batch, or position in the packed row
+    count: int
+    length: int
+
+    def select(self, x: Tensor) -> Tensor:
+        """Views the group's part of x (b, n, ...) as (c, l, ...)."""
+        if self.is_packed:
+            rows = x[0, self.first : self.first + self.count * self.length]
+            return rows.unflatten(0, (self.count, self.length))
+        return x[self.first : self.first + self.count, : self.length]
+
+    def select_pairs(self, x: Tensor) -> Tensor:
+        """Views the group's part of x (b, h, n, n) as (c, h, l, l); a packed group has c = 1."""
+        if self.is_packed:
+            span = slice(self.first, self.first + self.length)
+            return x[:, :, span, span]
+        return x[self.first : self.first + self.count, :, : self.length, : self.length]
+
+
+def split_sequences(
+    x: Tensor, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, *, is_single: bool
+) -> tuple[list[SequenceGroup], Tensor | None]:
+    """Finds the sequences that are attended by themselves.
+
+    Args:
+        x: Any tensor (b, n, ...).
+        key_padding_mask: True at padding, (b, n). Right padding becomes the sequences' lengths.
+        cu_seqlens: Boundaries of packed sequences, (num_sequences + 1,), when b is 1.
+        is_single: Whether each group holds one packed sequence only.
+
+    Returns:
+        The groups, and the mask where it is more than right padding.
+
+    Raises:
+        ValueError: If `cu_seqlens` does not rise from 0 to n.
+    """
+    batch, seq_len = x.shape[:2]
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != seq_len or sorted(set(bounds)) != bounds:
+            raise ValueError(
+                f"cu_seqlens must rise strictly from 0 to seq_len={seq_len}, got {bounds}."
+            )
+        lengths = [stop - start for start, stop in pairwise(bounds)]
+        return _grouped(lengths, is_packed=True, is_single=is_single), None
+    if key_padding_mask is None:
+        return _grouped([seq_len] * batch, is_packed=False), None
+    lengths_tensor = seq_len - key_padding_mask.sum(1)
+    is_beyond = torch.arange(seq_len, device=x.device) >= lengths_tensor[:, None]
+    if torch.equal(key_padding_mask, is_beyond):
+        return _grouped(lengths_tensor.tolist(), is_packed=False), None
+    return _grouped([seq_len] * batch, is_packed=False), key_padding_mask
+
+
+def _grouped(
+    lengths: list[int], *, is_packed: bool, is_single: bool = False
+) -> list[SequenceGroup]:
+    groups = []
+    first = 0
+    for length, equals in groupby(lengths):
+        num_equal = len(list(equals))
+        counts = [1] * num_equal if is_single else [num_equal]
+        for count in counts:
+            if length:
+                groups.append(
+                    SequenceGroup(is_packed=is_packed, first=first, count=count, length=length)
+                )
+            first += count * length if is_packed else count
+    return groups

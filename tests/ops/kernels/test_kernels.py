@@ -1,0 +1,135 @@
+import pytest
+import torch
+
+from longnet_zoo.ops.kernels import BACKENDS, Call, choose_kernel, cudnn, efficient, math, sdpa
+from longnet_zoo.ops.kernels.bias import LogitBias
+from longnet_zoo.ops.kernels.call import Dropout
+
+OPTIONS = {"scale": 0.3, "bias": None, "dropout": None}
+
+
+def cpu_call(**changes):
+    fields = {"device_type": "cpu", "dtype": torch.float32, "head_dim": 8, **changes}
+    return Call(**fields)
+
+
+def rows(dtype=torch.float64, requires_grad=False):
+    return [torch.randn(2, 13, 3, 8, dtype=dtype, requires_grad=requires_grad) for _ in range(3)]
+
+
+def joint_softmax(q, k, v, is_causal):
+    """Out and LSE by plain autograd, with one more key of logit 0.5 and value 0."""
+    logits = torch.einsum("bqud,bkud->buqk", q, k) * OPTIONS["scale"]
+    if is_causal:
+        logits = logits.masked_fill(torch.ones(13, 13, dtype=torch.bool).triu(1), -torch.inf)
+    logits = torch.cat([logits, torch.full_like(logits[..., :1], 0.5)], -1)
+    out = torch.einsum("buqk,bkud->bqud", logits.softmax(-1)[..., :-1], v)
+    return out, logits.logsumexp(-1).transpose(1, 2)
+
+
+@pytest.mark.parametrize("kernel", [sdpa, math])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_backward_takes_out_and_lse_of_a_larger_softmax(kernel, is_causal):
+    q, k, v = rows(requires_grad=True)
+    out, lse = joint_softmax(q, k, v, is_causal)
+    out_grad = torch.randn_like(out)
+    expected = torch.autograd.grad(out, (q, k, v), out_grad, retain_graph=True)
+    tensors = [x.detach() for x in (out_grad, q, k, v, out, lse)]
+    grads = kernel.backward(*tensors, is_causal=is_causal, lse_grad=None, **OPTIONS)
+    torch.testing.assert_close(grads, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_kernels_agree_on_strided_rows(is_causal):
+    q, k, v = (x[:, ::2, 1:] for x in rows())
+    expected = math.forward(q, k, v, is_causal=is_causal, **OPTIONS)
+    found = sdpa.forward(q, k, v, is_causal=is_causal, **OPTIONS)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_math_in_chunks_equals_one_chunk(monkeypatch):
+    q, k, v = rows()
+    whole = math.forward(q, k, v, is_causal=True, **OPTIONS)
+    grads = math.backward(q, q, k, v, *whole, is_causal=True, lse_grad=None, **OPTIONS)
+    monkeypatch.setattr(math, "_MIN_ROWS", 3)
+    monkeypatch.setattr(math, "_MAX_LOGITS", 1)
+    torch.testing.assert_close(math.forward(q, k, v, is_causal=True, **OPTIONS), whole)
+    again = math.backward(q, q, k, v, *whole, is_causal=True, lse_grad=None, **OPTIONS)
+    torch.testing.assert_close(again, grads)
+
+
+def test_hidden_rows_give_zero_and_minus_infinity():
+    q, k, v = rows()
+    is_hidden = torch.ones(2, 13, 3, dtype=torch.bool)
+    bias = LogitBias(row_step=1, is_hidden=is_hidden)
+    out, lse = math.forward(q, k, v, scale=1.0, is_causal=False, bias=bias, dropout=None)
+    assert out.eq(0).all()
+    assert lse.isneginf().all()
+
+
+def test_dropout_is_the_same_when_drawn_again():
+    dropout = Dropout(probability=0.25, seed=7)
+    factors = dropout.factors(torch.Size((50, 40)), 3, torch.device("cpu"))
+    assert torch.equal(factors, dropout.factors(torch.Size((50, 40)), 3, torch.device("cpu")))
+    assert not torch.equal(factors, dropout.factors(torch.Size((50, 40)), 4, torch.device("cpu")))
+    assert factors.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert factors.mean().item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_auto_takes_the_fused_kernel_and_falls_back_to_math():
+    assert choose_kernel("auto", cpu_call()) is sdpa
+    for extra in ("has_bias", "has_dropout", "has_lse_grad"):
+        assert choose_kernel("auto", cpu_call(**{extra: True})) is math
+    assert choose_kernel("auto", cpu_call(device_type="cuda", head_dim=7)) is math
+    cuda = {"device_type": "cuda", "head_dim": 64}
+    assert choose_kernel("auto", Call(dtype=torch.float32, **cuda)) is efficient
+    assert choose_kernel("auto", Call(dtype=torch.bfloat16, **cuda)) is sdpa
+    assert choose_kernel("cudnn", Call(dtype=torch.bfloat16, **cuda)) is cudnn
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes", "reason"),
+    [
+        ("sdpa", {"has_bias": True}, "'sdpa' does not support additive logits"),
+        ("sdpa", {"has_dropout": True}, "'sdpa' does not support attention dropout"),
+        ("sdpa", {"has_lse_grad": True}, "'sdpa' does not support a gradient through the LSE"),
+        ("sdpa", {"device_type": "mps"}, "'sdpa' needs a device among .*, got 'mps'"),
+        ("sdpa", {"dtype": torch.complex64}, "'sdpa' does not support torch.complex64"),
+        ("sdpa", {"device_type": "cuda", "dtype": torch.half, "head_dim": 12}, "got 12"),
+        ("efficient", {}, "'efficient' needs a CUDA device, got 'cpu'"),
+        ("efficient", {"device_type": "cuda", "dtype": torch.double}, "torch.float64"),
+        ("efficient", {"device_type": "cuda", "head_dim": 12}, "divisible by 8, got 12"),
+        ("cudnn", {}, "'cudnn' needs a CUDA device, got 'cpu'"),
+        ("cudnn", {"device_type": "cuda"}, "'cudnn' does not support torch.float32"),
+        ("cudnn", {"device_type": "cuda", "dtype": torch.half, "head_dim": 136}, "got 136"),
+    ],
+)
+def test_a_named_backend_that_cannot_serve_says_why(backend, changes, reason):
+    with pytest.raises(NotImplementedError, match=rf"{reason}.*Use backend='auto'"):
+        choose_kernel(backend, cpu_call(**changes))
+
+
+def test_unknown_backend_names_the_known_ones():
+    assert BACKENDS == ("auto", "sdpa", "cudnn", "efficient", "math")
+    with pytest.raises(ValueError, match=r"one of \('auto', 'sdpa', .*\), got 'fast'"):
+        choose_kernel("fast", cpu_call())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", [sdpa, cudnn, efficient])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_kernels_agree_with_math(kernel, is_causal, dtype):
+    if kernel.supports(Call(device_type="cuda", dtype=dtype, head_dim=64)):
+        pytest.skip(f"{kernel.NAME} does not support {dtype} on CUDA")
+    shape = (2, 301, 4, 64)
+    q, k, v, out_grad = (torch.randn(shape, device="cuda", dtype=dtype)[:, ::3] for _ in range(4))
+    options = {"scale": 0.125, "is_causal": is_causal, "bias": None, "dropout": None}
+    out, lse = math.forward(q, k, v, **options)
+    found = kernel.forward(q, k, v, **options)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(found, (out, lse), **tolerance)
+    joint = (out / 2, lse + 0.7)
+    expected = math.backward(out_grad, q, k, v, *joint, lse_grad=None, **options)
+    grads = kernel.backward(out_grad, q, k, v, *joint, lse_grad=None, **options)
+    torch.testing.assert_close(grads, expected, **tolerance)

@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from longnet_zoo.ops.sequences import split_sequences
+
+
+def spans(groups):
+    return [(group.is_packed, group.first, group.count, group.length) for group in groups]
+
+
+def test_a_full_batch_is_one_group():
+    groups, is_hidden = split_sequences(torch.empty(3, 7), None, None, is_single=False)
+    assert spans(groups) == [(False, 0, 3, 7)]
+    assert is_hidden is None
+
+
+def test_right_padding_becomes_lengths():
+    x = torch.arange(21).view(3, 7)
+    mask = torch.arange(7) >= torch.tensor([[5], [5], [0]])
+    groups, is_hidden = split_sequences(x, mask, None, is_single=False)
+    assert spans(groups) == [(False, 0, 2, 5)]
+    assert is_hidden is None
+    assert torch.equal(groups[0].select(x), x[:2, :5])
+
+
+def test_other_padding_stays_a_mask():
+    mask = torch.tensor([[True, False, False]])
+    groups, is_hidden = split_sequences(torch.empty(1, 3), mask, None, is_single=False)
+    assert spans(groups) == [(False, 0, 1, 3)]
+    assert is_hidden is mask
+
+
+def test_packed_neighbours_of_equal_length_share_a_view():
+    x = torch.arange(14).view(1, 14)
+    bounds = torch.tensor([0, 1, 5, 9, 13, 14], dtype=torch.int32)
+    groups, _ = split_sequences(x, None, bounds, is_single=False)
+    assert spans(groups) == [(True, 0, 1, 1), (True, 1, 3, 4), (True, 13, 1, 1)]
+    assert torch.equal(groups[1].select(x), torch.arange(1, 13).view(3, 4))
+    single, _ = split_sequences(x, None, bounds, is_single=True)
+    assert spans(single)[1:4] == [(True, 1, 1, 4), (True, 5, 1, 4), (True, 9, 1, 4)]
+
+
+@pytest.mark.parametrize("bounds", [[1, 6], [0, 5], [0, 3, 3, 6], [0, 4, 2, 6], [0, 7]])
+def test_bounds_must_rise_to_the_end(bounds):
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    message = rf"rise strictly from 0 to seq_len=6, got \[{', '.join(map(str, bounds))}\]"
+    with pytest.raises(ValueError, match=message):
+        split_sequences(torch.empty(1, 6), None, cu_seqlens, is_single=False)
