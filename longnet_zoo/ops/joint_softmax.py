@@ -156,7 +156,7 @@ class JointSoftmax:
     ) -> Iterator[_Piece]:
         """Lists the kernel calls; a branch of rate 1 comes first, since it covers every row."""
         num_heads, num_kv_heads = query_tensors[0].shape[2], kv_tensors[0].shape[2]
-        seeds = count(self.seed, 2**32)
+        calls = count()
         for group in self.groups:
             blocks = blocks_of(self.pattern, group.length, num_heads, num_kv_heads, self.is_causal)
             covering = min(blocks, key=lambda block: block.row_step).branch
@@ -165,7 +165,7 @@ class JointSoftmax:
                 views += [view_rows(group.select(x), block, is_kv=True) for x in kv_tensors]
                 is_first = block.branch == covering and block.row_step == 1
                 for part in self._parts(views, group, block, bias_grad):
-                    dropout = Dropout(probability=self.dropout_p, seed=next(seeds))
+                    dropout = Dropout(probability=self.dropout_p, seed=(self.seed, next(calls)))
                     yield _Piece(
                         block=block,
                         views=part[0],

@@ -159,7 +159,7 @@ def _largest_log_factor(is_causal: bool, dtype: torch.dtype) -> float:
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """Computes ALiBi's slope per head: float32 (num_heads,).
+    """Computes ALiBi's slope per head: float32 (num_heads,), on the CPU.
 
     For a power of two the slopes are 2^(-8/h), 2^(-16/h), ..., 2^-8. Otherwise they are those of
     the next lower power of two p, then every other one of 2p, as in the paper's code.
@@ -172,7 +172,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
     power = 2 ** (num_heads.bit_length() - 1)
     exponents = [8.0 * (i + 1) / power for i in range(power)]
     exponents += [4.0 * (2 * i + 1) / power for i in range(num_heads - power)]
-    return torch.tensor([2.0**-exponent for exponent in exponents])
+    return torch.tensor([2.0**-exponent for exponent in exponents], device="cpu")
 
 
 def relative_buckets(

@@ -184,9 +184,11 @@ def _bucket_by_integers(distance, num_buckets, max_distance, bidirectional):
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (16, 32), (6, 97), (4, 5)])
+@pytest.mark.parametrize(
+    ("num_buckets", "max_distance"), [(32, 128), (16, 32), (6, 97), (4, 5), (10, 160)]
+)
 def test_relative_buckets_match_their_definition(num_buckets, max_distance, bidirectional):
-    distances = torch.arange(-150, 151)
+    distances = torch.arange(-170, 171)
     buckets = relative_buckets(
         distances,
         num_buckets=num_buckets,

@@ -47,15 +47,17 @@ class Dropout:
 
     Attributes:
         probability: Share of the attention weights that is set to zero.
-        seed: Seed of this call.
+        seed: Seed of the attention op, and number of this kernel call in it.
     """
 
     probability: float
-    seed: int
+    seed: tuple[int, int]
 
     def factors(self, shape: torch.Size, start: int, device: torch.device) -> torch.Tensor:
         """Draws 0 or 1 / (1 - p) for attention weights of `shape`, of the rows from `start` on."""
-        generator = torch.Generator(device).manual_seed((self.seed + start) % 2**63)
+        # Hashed, since the CPU generator reads 32 bits only: near or regular seeds would collide.
+        seed = hash((*self.seed, start)) % 2**63
+        generator = torch.Generator(device).manual_seed(seed)
         kept = 1.0 - self.probability
         draws = torch.rand(shape, generator=generator, device=device)
         return (draws < kept) / kept
