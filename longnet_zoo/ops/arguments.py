@@ -28,6 +28,15 @@ def check_arguments(
     if not isinstance(pattern, DilatedPattern):
         raise TypeError(f"pattern must be a DilatedPattern, got {type(pattern).__name__}.")
     _check_qkv(q, k, v)
+    for name, option in (
+        ("bias", bias),
+        ("key_padding_mask", key_padding_mask),
+        ("cu_seqlens", cu_seqlens),
+    ):
+        if isinstance(option, Tensor) and option.device != q.device:
+            raise ValueError(
+                f"{name} must be on the device of q, got {option.device} and {q.device}."
+            )
     if bias is not None:
         _check_bias(q, bias)
     if key_padding_mask is not None:

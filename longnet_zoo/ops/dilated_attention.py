@@ -125,10 +125,18 @@ def dilated_attention(
 def _distance_table(bias: DistanceBias, span: int, q: Tensor) -> Tensor:
     """Evaluates the bias at every distance inside a segment: (num_heads, 2 * span - 1)."""
     table = bias(torch.arange(1 - span, span, device=q.device))
+    if not isinstance(table, Tensor):
+        raise TypeError(
+            f"bias must map distances (m,) to a tensor (num_heads, m), got {type(table).__name__}."
+        )
     if table.shape != (q.shape[2], 2 * span - 1):
         raise ValueError(
             "bias must map distances (m,) to logits (num_heads, m), got "
             f"{tuple(table.shape)} for num_heads={q.shape[2]} and m={2 * span - 1}."
+        )
+    if table.device != q.device:
+        raise ValueError(
+            f"bias must return logits on the device of q, got {table.device} and {q.device}."
         )
     return table
 
@@ -200,7 +208,9 @@ _OPTIONS_SCHEMA = (
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    return _Options(*options).problem(q).forward(q, k, v)
+    # Autocast would cast the float32 products inside the op back to half types.
+    with torch.autocast(q.device.type, enabled=False):
+        return _Options(*options).problem(q).forward(q, k, v)
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -220,7 +230,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem = _Options(*options).problem(q, has_lse_grad=lse_grad is not None)
     out_grad = out_grad if out_grad.stride(-1) == 1 else out_grad.contiguous()
-    q_grad, k_grad, v_grad, bias_grad = problem.backward(out_grad, lse_grad, q, k, v, out, lse)
+    with torch.autocast(q.device.type, enabled=False):
+        q_grad, k_grad, v_grad, bias_grad = problem.backward(out_grad, lse_grad, q, k, v, out, lse)
     return q_grad, k_grad, v_grad, q.new_empty(0) if bias_grad is None else bias_grad
 
 

@@ -73,12 +73,11 @@ class JointSoftmax:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Returns out (b, n, h, d) in the dtype of q and lse (b, n, h) in float32 or float64."""
-        dtype = _sum_dtype(q)
-        out = torch.zeros(q.shape, dtype=dtype, device=q.device)
-        lse = torch.full(q.shape[:3], float("-inf"), dtype=dtype, device=q.device)
+        out, lse = self._sums(q), self._sums(q[..., 0], fill=float("-inf"))
+        q, k = self._decay_all(q, k)
         for piece in self._pieces([q, out, lse], [k, v]):
             q_rows, out_rows, lse_rows, k_rows, v_rows = piece.views
-            q_rows, k_rows = self._decayed(q_rows, k_rows, piece.block)
+            q_rows, k_rows = self._decay_block(q_rows, k_rows, piece.block)
             new_out, new_lse = self.kernel.forward(
                 q_rows,
                 k_rows,
@@ -98,7 +97,7 @@ class JointSoftmax:
         if self.is_hidden is not None:
             out.masked_fill_(self.is_hidden[:, :, None, None], 0.0)
             lse.masked_fill_(self.is_hidden[:, :, None], float("-inf"))
-        return out.to(q.dtype), lse
+        return out.to(v.dtype), lse
 
     def backward(
         self,
@@ -113,9 +112,12 @@ class JointSoftmax:
         """Returns the gradients of q, k, v and of the bias (None without one)."""
         # A row that saw nothing has no weights: exp(logits - inf) = 0.
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
-        grads = [torch.zeros(x.shape, dtype=_sum_dtype(x), device=x.device) for x in (q, k, v)]
+        grads = [self._sums(x) for x in (q, k, v)]
+        q, k = self._decay_all(q, k)
         bias = self.dense_bias if self.dense_bias is not None else self.distance_bias
-        bias_grad = None if bias is None else torch.zeros_like(bias, dtype=_sum_dtype(q))
+        bias_grad = None
+        if bias is not None:  # contiguous, whatever the strides of the bias
+            bias_grad = torch.zeros(bias.shape, dtype=_sum_dtype(v), device=v.device)
         queries = [q, out_grad, out, lse, grads[0]]
         if lse_grad is not None:
             queries.append(lse_grad)
@@ -123,7 +125,7 @@ class JointSoftmax:
             q_rows, out_grad_rows, out_rows, lse_rows, q_sum, *rest = piece.views
             lse_grad_rows = rest.pop(0) if lse_grad is not None else None
             k_rows, v_rows, k_sum, v_sum = rest
-            decayed_q, decayed_k = self._decayed(q_rows, k_rows, piece.block)
+            decayed_q, decayed_k = self._decay_block(q_rows, k_rows, piece.block)
             q_grad, k_grad, v_grad = self.kernel.backward(
                 out_grad_rows,
                 decayed_q,
@@ -137,13 +139,12 @@ class JointSoftmax:
                 dropout=piece.dropout,
                 lse_grad=lse_grad_rows,
             )
-            q_grad, k_grad = self._decayed(q_grad, k_grad, piece.block)
+            q_grad, k_grad = self._decay_block(q_grad, k_grad, piece.block)
             _add(q_sum, q_grad, is_first=piece.is_first)
             _add(k_sum, k_grad, is_first=piece.is_first)
             _add(v_sum, v_grad, is_first=piece.is_first)
-        q_grad, k_grad, v_grad = (
-            grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)
-        )
+        grads[:2] = self._decay_all(*grads[:2])
+        q_grad, k_grad, v_grad = (grad.to(v.dtype) for grad in grads)
         if bias is not None and bias_grad is not None:
             bias_grad = bias_grad.to(bias.dtype)
         return q_grad, k_grad, v_grad, bias_grad
@@ -218,16 +219,45 @@ class JointSoftmax:
         )
         return view_pairs(group.select_pairs(bias), block)
 
-    def _decayed(self, q_rows: Tensor, k_rows: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-        """Multiplies by the xPos factors, centred in the segment, where they are smallest."""
-        if self.xpos_scale_base is None:
+    def _sums(self, x: Tensor, *, fill: float = 0.0) -> Tensor:
+        """Makes what results are added to; left unwritten where first pieces cover every row."""
+        is_covered = 1 in self.pattern.dilation_rates and (
+            sum(group.count * group.length for group in self.groups) == x.shape[0] * x.shape[1]
+        )
+        sums = torch.empty(x.shape, dtype=_sum_dtype(x), device=x.device)
+        return sums if is_covered else sums.fill_(fill)
+
+    def _decay_all(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Multiplies by the xPos factors of the longest segment, if the shorter ones nest in it."""
+        if self.xpos_scale_base is None or not self.pattern.is_nested:
+            return q, k
+        longest = self.pattern.segment_lengths[-1]
+        decayed = torch.zeros_like(q), torch.zeros_like(k)
+        for group in self.groups:
+            place = torch.arange(group.length, dtype=torch.float64) % longest
+            factors = self._xpos_factors(place - (min(longest, group.length) - 1) / 2, q)
+            torch.mul(group.select(q), factors, out=group.select(decayed[0]))
+            torch.mul(group.select(k), 1 / factors, out=group.select(decayed[1]))
+        return decayed
+
+    def _decay_block(self, q_rows: Tensor, k_rows: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+        """Multiplies by the xPos factors of the block's own segment, if segments do not nest."""
+        if self.xpos_scale_base is None or self.pattern.is_nested:
             return q_rows, k_rows
-        num_rows = torch.arange(block.num_rows, dtype=torch.float64)
-        places = (num_rows - (block.num_rows - 1) / 2) * block.row_step / self.xpos_scale_base
-        log_zeta = xpos_zeta(q_rows.shape[-1]).double().log().repeat_interleave(2)
-        factors = torch.exp(places[:, None] * log_zeta).to(_sum_dtype(q_rows)).unsqueeze(1)
-        factors = factors.to(q_rows.device)
+        rows = torch.arange(block.num_rows, dtype=torch.float64)
+        factors = self._xpos_factors((rows - (block.num_rows - 1) / 2) * block.row_step, q_rows)
         return (q_rows * factors).to(q_rows.dtype), (k_rows / factors).to(k_rows.dtype)
+
+    def _xpos_factors(self, places: Tensor, like: Tensor) -> Tensor:
+        """Makes zeta ** (place / scale_base) for queries, (places, 1, d); keys take the inverse.
+
+        Places count from the middle of a segment, where the factors are smallest.
+        """
+        assert self.xpos_scale_base is not None
+        log_zeta = xpos_zeta(like.shape[-1]).log()
+        factors = torch.exp(places[:, None] / self.xpos_scale_base * log_zeta)
+        factors = factors.to(_sum_dtype(like)).repeat_interleave(2, dim=1)
+        return factors.unsqueeze(1).to(like.device)
 
 
 # Rows of one kernel call, where a block has several segments: bounds the memory of its results.

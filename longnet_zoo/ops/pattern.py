@@ -121,6 +121,11 @@ class DilatedPattern:
         """(segment_length, dilation_rate) of each branch."""
         return tuple(zip(self.segment_lengths, self.dilation_rates, strict=True))
 
+    @property
+    def is_nested(self) -> bool:
+        """Whether every segment of a branch lies inside one segment of the longest branch."""
+        return all(self.segment_lengths[-1] % length == 0 for length in self.segment_lengths)
+
     def offsets(self, branch: int, num_heads: int) -> tuple[int, ...]:
         """Offset of each head in a branch: the place in the segment at which its steps start."""
         rate = self.dilation_rates[branch]

@@ -169,3 +169,19 @@ def test_the_gradient_of_a_bias_has_its_dtype(dtype):
     dilated_attention(q, k, v, PATTERN, bias=bias).sum().backward()
     assert bias.grad.dtype == dtype
     assert bias.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_autocast_changes_nothing_inside_the_op(is_causal):
+    pattern = DilatedPattern(segment_lengths=(8, 16), dilation_rates=(1, 2))
+    q, k, v = (torch.randn(1, 21, 2, 8, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    table = torch.randn(2, 41, requires_grad=True)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = dilated_attention(
+                q, k, v, pattern, is_causal=is_causal, bias=lambda d: table[:, d + 20]
+            )
+            results.append((out, *torch.autograd.grad(out.float().sum(), (q, k, v, table))))
+    for plain, cast in zip(*results, strict=True):
+        assert torch.equal(plain, cast)

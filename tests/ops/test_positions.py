@@ -53,6 +53,27 @@ def test_rotation_multiplies_neighbouring_pairs_as_complex_numbers():
     )
 
 
+def test_compiled_rotation_equals_the_eager_one():
+    """They are two formulas: the compiler gets one without complex numbers."""
+    x = torch.randn(2, 5, 3, 8, requires_grad=True)
+    tables = rotary_tables(torch.arange(5) * 1000, 8)
+    out = apply_rotary(x, *tables)
+    compiled = torch.compile(apply_rotary, fullgraph=True, backend="aot_eager")(x, *tables)
+    torch.testing.assert_close(compiled, out, atol=1e-6, rtol=0)
+    cotangent = torch.randn_like(out)
+    grads = [torch.autograd.grad(y, x, cotangent)[0] for y in (out, compiled)]
+    torch.testing.assert_close(grads[1], grads[0], atol=1e-6, rtol=0)
+    # A rotation preserves products, so its gradient is the rotation back.
+    back = apply_rotary(cotangent, tables[0], -tables[1])
+    torch.testing.assert_close(grads[0], back, atol=1e-6, rtol=0)
+
+
+def test_strided_input():
+    x = torch.randn(2, 8, 3, 5).transpose(1, 3)
+    tables = rotary_tables(torch.arange(5), 8)
+    assert torch.equal(apply_rotary(x, *tables), apply_rotary(x.contiguous(), *tables))
+
+
 def test_rotated_products_depend_on_the_distance_only():
     q, k = torch.randn(1, 1, 1, 6).double(), torch.randn(1, 1, 1, 6).double()
 
