@@ -1,0 +1,26 @@
+"""Modules with parameters: attention, positions, feed-forward, block, stack, initialization."""
+
+from .attention import DilatedAttention, Position
+from .block import Norm, TransformerBlock
+from .feed_forward import Activation, FeedForward
+from .initialization import initialize_weights, residual_gain, residual_scale
+from .multihead import MultiheadDilatedAttention
+from .positions import AlibiBias, RelativeBias, RotaryEmbedding
+from .stack import TransformerStack
+
+__all__ = [
+    "Activation",
+    "AlibiBias",
+    "DilatedAttention",
+    "FeedForward",
+    "MultiheadDilatedAttention",
+    "Norm",
+    "Position",
+    "RelativeBias",
+    "RotaryEmbedding",
+    "TransformerBlock",
+    "TransformerStack",
+    "initialize_weights",
+    "residual_gain",
+    "residual_scale",
+]

@@ -1,0 +1,257 @@
+"""Dilated self-attention as a layer: projections, positions, the op, the output projection.
+
+Shape legend: b batch, n seq_len, h num_heads (or num_kv_heads), d head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from longnet_zoo.ops.dilated_attention import dilated_attention
+from longnet_zoo.ops.kernels import BACKENDS
+from longnet_zoo.ops.pattern import DilatedPattern
+from longnet_zoo.ops.positions import apply_rotary
+
+from .positions import AlibiBias, RelativeBias, RotaryEmbedding
+
+__all__ = ["DilatedAttention", "Position", "check_attention_options", "make_position_bias"]
+
+Position = Literal["xpos", "rotary", "alibi", "relative"]
+
+
+class DilatedAttention(nn.Module):
+    """Multi-head dilated self-attention (LongNet, arXiv 2307.02486) with its projections.
+
+    The op is the attribute `attention_op`, with the signature of `dilated_attention`: replace it to
+    run another schedule, e.g. over several processes.
+
+    Args:
+        embed_dim: Channels in and out, a multiple of `num_heads`.
+        num_heads: Number of query heads.
+        pattern: Segment lengths and dilation rates.
+        is_causal: Whether a query sees no later key.
+        num_kv_heads: Number of key and value heads, a divisor of `num_heads`; None: `num_heads`,
+            1: multi-query attention.
+        position: `"xpos"`, `"rotary"`, `"alibi"`, `"relative"` (T5) or None.
+        rotary_base: Ratio of the longest to the shortest wavelength, for `"xpos"` and `"rotary"`.
+        xpos_scale_base: Scale base in positions, for `"xpos"`.
+        relative_buckets: Number of distance buckets, for `"relative"`.
+        relative_max_distance: Distance from which on all share a bucket, for `"relative"`.
+        qk_norm: Whether queries and keys pass a LayerNorm over head_dim, one of its own for each,
+            shared by the heads and before the rotation (arXiv 2302.05442).
+        sub_ln: Whether a LayerNorm over embed_dim comes before `out_proj` (Magneto,
+            arXiv 2210.06423).
+        bias: Whether the projections have a bias.
+        dropout: Dropout of the attention weights in training, in [0, 1).
+        eps: Epsilon of the LayerNorms.
+        backend: Kernel of the op; `"auto"` takes the fastest that serves.
+
+    Raises:
+        ValueError: If sizes do not divide, or an option is outside its range.
+        TypeError: If `pattern` is not a `DilatedPattern`.
+
+    Example:
+        >>> pattern = DilatedPattern.geometric(64, 256)
+        >>> attention = DilatedAttention(embed_dim=64, num_heads=4, pattern=pattern)
+        >>> out = attention(torch.randn(2, 1000, 64))
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        pattern: DilatedPattern,
+        is_causal: bool = False,
+        num_kv_heads: int | None = None,
+        position: Position | None = "xpos",
+        rotary_base: float = 10000.0,
+        xpos_scale_base: float = 512.0,
+        relative_buckets: int = 32,
+        relative_max_distance: int = 128,
+        qk_norm: bool = False,
+        sub_ln: bool = True,
+        bias: bool = True,
+        dropout: float = 0.0,
+        eps: float = 1e-5,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_attention_options(embed_dim, num_heads, num_kv_heads, pattern, dropout, backend)
+        if position is not None and position not in get_args(Position):
+            raise ValueError(
+                f"position must be None or one of {get_args(Position)}, got {position!r}."
+            )
+        if position == "xpos" and not xpos_scale_base > 0.0:
+            raise ValueError(f"xpos_scale_base must be positive, got {xpos_scale_base}.")
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = embed_dim // num_heads
+        self.pattern = pattern
+        self.is_causal = is_causal
+        self.position = position
+        self.xpos_scale_base = xpos_scale_base if position == "xpos" else None
+        self.dropout = dropout
+        self.backend = backend
+        self.attention_op = dilated_attention
+
+        kv_dim = num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.k_proj = nn.Linear(embed_dim, kv_dim, bias=bias)
+        self.v_proj = nn.Linear(embed_dim, kv_dim, bias=bias)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=eps) if qk_norm else None
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=eps) if qk_norm else None
+        self.inner_norm = nn.LayerNorm(embed_dim, eps=eps) if sub_ln else None
+        self.rotary = (
+            RotaryEmbedding(head_dim=self.head_dim, base=rotary_base)
+            if position in ("xpos", "rotary")
+            else None
+        )
+        self.position_bias = make_position_bias(
+            position, num_heads, relative_buckets, relative_max_distance, is_causal
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        position_bias: nn.Module | None = None,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Attends within a batch of sequences.
+
+        Args:
+            x: Input, (batch, seq_len, embed_dim).
+            rotary: Cosine and sine at the positions of `x`, (seq_len, head_dim / 2) each, as
+                `RotaryEmbedding` makes them; None: positions 0 to seq_len - 1. Only for
+                `position="xpos"` and `"rotary"`.
+            position_bias: Bias module that layers share; only for `position=None`.
+            key_padding_mask: Bool (batch, seq_len), True = padding.
+            cu_seqlens: Boundaries of packed sequences, int32 (num_sequences + 1,), for batch 1.
+
+        Returns:
+            Output, (batch, seq_len, embed_dim).
+
+        Raises:
+            ValueError: If `x` has another shape, or a position argument does not fit `position`.
+            TypeError: If a mask is of another dtype.
+        """
+        self._check_inputs(x, rotary, position_bias)
+        q = rearrange(self.q_proj(x), "b n (h d) -> b n h d", h=self.num_heads)
+        k = rearrange(self.k_proj(x), "b n (h d) -> b n h d", h=self.num_kv_heads)
+        v = rearrange(self.v_proj(x), "b n (h d) -> b n h d", h=self.num_kv_heads)
+        q, k = self._normalize_and_rotate(q, k, v.dtype, rotary)
+        out = self.attention_op(
+            q,
+            k,
+            v,
+            self.pattern,
+            is_causal=self.is_causal,
+            bias=position_bias if self.position_bias is None else self.position_bias,
+            xpos_scale_base=self.xpos_scale_base,
+            key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        out = rearrange(out, "b n h d -> b n (h d)")
+        if self.inner_norm is not None:
+            out = self.inner_norm(out)
+        return self.out_proj(out)
+
+    def extra_repr(self) -> str:
+        """Lists the options."""
+        return (
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+            f"pattern={self.pattern}, is_causal={self.is_causal}, position={self.position!r}, "
+            f"dropout={self.dropout}, backend={self.backend!r}"
+        )
+
+    def _normalize_and_rotate(
+        self, q: Tensor, k: Tensor, dtype: torch.dtype, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            if rotary is None:
+                rotary = self.rotary(torch.arange(q.shape[1], device=q.device))
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        # Autocast makes norms float32; the op wants the dtype of the values.
+        return q.to(dtype), k.to(dtype)
+
+    def _check_inputs(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        position_bias: nn.Module | None,
+    ) -> None:
+        if x.ndim != 3 or x.shape[-1] != self.embed_dim:
+            raise ValueError(
+                f"x must be (batch, seq_len, embed_dim) with embed_dim={self.embed_dim}, "
+                f"got {tuple(x.shape)}."
+            )
+        if rotary is not None and self.rotary is None:
+            raise ValueError(
+                "rotary tables need position='xpos' or 'rotary', this layer has "
+                f"position={self.position!r}. Leave rotary=None."
+            )
+        if position_bias is not None and self.position is not None:
+            raise ValueError(
+                f"position_bias needs position=None, this layer has position={self.position!r}."
+            )
+
+
+def make_position_bias(
+    position: Position | None,
+    num_heads: int,
+    relative_buckets: int,
+    relative_max_distance: int,
+    is_causal: bool,
+) -> AlibiBias | RelativeBias | None:
+    """Makes the bias module of a kind of position, or None for kinds without one."""
+    if position == "alibi":
+        return AlibiBias(num_heads=num_heads)
+    if position == "relative":
+        return RelativeBias(
+            num_heads=num_heads,
+            num_buckets=relative_buckets,
+            max_distance=relative_max_distance,
+            bidirectional=not is_causal,
+        )
+    return None
+
+
+def check_attention_options(
+    embed_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    pattern: DilatedPattern,
+    dropout: float,
+    backend: str,
+) -> None:
+    """Checks the options that all attention layers share; raises ValueError or TypeError."""
+    if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+        raise ValueError(
+            "embed_dim must be a positive multiple of num_heads, got "
+            f"embed_dim={embed_dim} and num_heads={num_heads}."
+        )
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            "num_heads must be a multiple of num_kv_heads, got "
+            f"num_heads={num_heads} and num_kv_heads={num_kv_heads}."
+        )
+    if not isinstance(pattern, DilatedPattern):
+        raise TypeError(f"pattern must be a DilatedPattern, got {type(pattern).__name__}.")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")

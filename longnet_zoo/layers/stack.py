@@ -1,0 +1,217 @@
+"""A stack of Transformer blocks, the body of every model.
+
+Shape legend: b batch, n seq_len, e embed_dim.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longnet_zoo.ops.pattern import DilatedPattern
+
+from .attention import DilatedAttention, Position, make_position_bias
+from .block import Norm, TransformerBlock
+from .feed_forward import Activation, FeedForward
+from .initialization import initialize_weights, residual_gain, residual_scale
+from .positions import RotaryEmbedding
+
+__all__ = ["TransformerStack"]
+
+
+class TransformerStack(nn.Module):
+    """Blocks in a row, with one set of rotary tables or one bias module for all of them.
+
+    Weights have their final initial values after construction (Magneto's or DeepNorm's gains).
+    With `"deepnorm"` each block ends in a norm, so there is no final one.
+
+    Args:
+        embed_dim: Channels in and out.
+        num_layers: Number of blocks.
+        num_heads: Number of query heads.
+        ffn_dim: Hidden channels of the feed-forward network.
+        pattern: Segment lengths and dilation rates.
+        is_causal: Whether a query sees no later key.
+        num_kv_heads: Number of key and value heads, as for `DilatedAttention`.
+        position: `"xpos"`, `"rotary"`, `"alibi"`, `"relative"` or None.
+        rotary_base: As for `DilatedAttention`.
+        xpos_scale_base: As for `DilatedAttention`.
+        relative_buckets: As for `DilatedAttention`; the table is shared by all layers.
+        relative_max_distance: As for `DilatedAttention`.
+        norm: `"sub_ln"`, `"pre_ln"` or `"deepnorm"`.
+        activation: `"gelu"` or `"swiglu"`.
+        qk_norm: Whether queries and keys pass a LayerNorm.
+        bias: Whether linear layers have a bias.
+        dropout: Dropout of what attention and feed-forward return, in [0, 1).
+        attention_dropout: Dropout of the attention weights, in [0, 1).
+        activation_dropout: Dropout of the feed-forward's hidden activation, in [0, 1).
+        drop_path: Drop-path rate of the last block, in [0, 1); it grows linearly from 0.
+        eps: Epsilon of the LayerNorms.
+        backend: Attention kernel.
+
+    Raises:
+        ValueError: If `num_layers` is below 1 or another option is outside its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_layers: int,
+        num_heads: int,
+        ffn_dim: int,
+        pattern: DilatedPattern,
+        is_causal: bool = False,
+        num_kv_heads: int | None = None,
+        position: Position | None = "xpos",
+        rotary_base: float = 10000.0,
+        xpos_scale_base: float = 512.0,
+        relative_buckets: int = 32,
+        relative_max_distance: int = 128,
+        norm: Norm = "sub_ln",
+        activation: Activation = "gelu",
+        qk_norm: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        activation_dropout: float = 0.0,
+        drop_path: float = 0.0,
+        eps: float = 1e-5,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}.")
+        self.embed_dim = embed_dim
+        self.grad_checkpointing = False
+        is_sub_ln, is_rotary = norm == "sub_ln", position in ("xpos", "rotary")
+        gain, scale = _gain_and_scale(norm, is_causal, num_layers)
+        attend = partial(DilatedAttention, embed_dim=embed_dim, num_heads=num_heads, bias=bias)
+        attend = partial(attend, pattern=pattern, is_causal=is_causal, num_kv_heads=num_kv_heads)
+        attend = partial(attend, rotary_base=rotary_base, xpos_scale_base=xpos_scale_base)
+        attend = partial(attend, qk_norm=qk_norm, dropout=attention_dropout, backend=backend)
+        # The stack owns the one bias module of all layers.
+        own_position = None if position in ("alibi", "relative") else position
+        attend = partial(attend, position=own_position, sub_ln=is_sub_ln, eps=eps)
+        feed = partial(FeedForward, embed_dim=embed_dim, ffn_dim=ffn_dim, activation=activation)
+        feed = partial(feed, dropout=activation_dropout, bias=bias, sub_ln=is_sub_ln, eps=eps)
+        make_block = partial(TransformerBlock, embed_dim=embed_dim, norm=norm, residual_scale=scale)
+        make_block = partial(make_block, dropout=dropout, eps=eps)
+        self.blocks = nn.ModuleList(
+            make_block(attention=attend(), feed_forward=feed(), drop_path=rate)
+            for rate in _linear_rates(drop_path, num_layers)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=eps) if norm != "deepnorm" else None
+        head_dim = embed_dim // num_heads
+        self.rotary = RotaryEmbedding(head_dim=head_dim, base=rotary_base) if is_rotary else None
+        self.position_bias = make_position_bias(
+            position, num_heads, relative_buckets, relative_max_distance, is_causal
+        )
+        initialize_weights(self, gain=gain)
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_hidden_states: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_hidden_states: Literal[True],
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_hidden_states: bool = False,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Runs all blocks and the final norm.
+
+        Args:
+            x: Embeddings, (batch, seq_len, embed_dim).
+            positions: Absolute positions of `x`, (seq_len,), for xPos and rotary; None: from 0.
+                Segments are counted from the first row of `x` all the same.
+            key_padding_mask: Bool (batch, seq_len), True = padding.
+            cu_seqlens: Boundaries of packed sequences, int32 (num_sequences + 1,), for batch 1.
+            return_hidden_states: Whether to return the embeddings and the output of each block,
+                before the final norm, as well.
+
+        Returns:
+            Output, (batch, seq_len, embed_dim), and if asked for, num_layers + 1 hidden states of
+            the same shape.
+
+        Raises:
+            ValueError: If `x` has another shape, or `positions` are given to a stack without
+                rotary positions.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.embed_dim:
+            raise ValueError(
+                f"x must be (batch, seq_len, embed_dim) with embed_dim={self.embed_dim}, "
+                f"got {tuple(x.shape)}."
+            )
+        rotary = self._rotary_tables(x, positions)
+        hidden_states = [x]
+        for block in self.blocks:
+            run_block = partial(
+                block,
+                rotary=rotary,
+                position_bias=self.position_bias,
+                key_padding_mask=key_padding_mask,
+                cu_seqlens=cu_seqlens,
+            )
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(run_block, x, use_reentrant=False)
+            else:
+                x = run_block(x)
+            if return_hidden_states:
+                hidden_states.append(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        return (x, hidden_states) if return_hidden_states else x
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Chooses whether blocks are recomputed in the backward pass, which saves their memory."""
+        self.grad_checkpointing = enable
+
+    def _rotary_tables(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        if self.rotary is None:
+            if positions is not None:
+                raise ValueError(
+                    "positions need position='xpos' or 'rotary', got positions of "
+                    f"{tuple(positions.shape)} for a stack without. Leave positions=None."
+                )
+            return None
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)
+        return self.rotary(positions)
+
+
+def _gain_and_scale(norm: Norm, is_causal: bool, num_layers: int) -> tuple[float, float]:
+    if is_causal:
+        gain = residual_gain(norm, part="decoder", num_decoder_layers=num_layers)
+        return gain, residual_scale(norm, part="decoder", num_decoder_layers=num_layers)
+    gain = residual_gain(norm, part="encoder", num_encoder_layers=num_layers)
+    return gain, residual_scale(norm, part="encoder", num_encoder_layers=num_layers)
+
+
+def _linear_rates(drop_path: float, num_layers: int) -> list[float]:
+    return [drop_path * depth / max(num_layers - 1, 1) for depth in range(num_layers)]
