@@ -1,3 +1,18 @@
 """Exact dilated attention (LongNet) and its model zoo on plain PyTorch."""
 
+from .factory import ModelInfo, create_model, list_models, model_info
+from .layers import DilatedAttention, MultiheadDilatedAttention
+from .ops import DilatedPattern, dilated_attention
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "DilatedAttention",
+    "DilatedPattern",
+    "ModelInfo",
+    "MultiheadDilatedAttention",
+    "create_model",
+    "dilated_attention",
+    "list_models",
+    "model_info",
+]

@@ -1,0 +1,311 @@
+"""What the text models share: token embedding, stack, output head and loss.
+
+Shape legend: b batch, n seq_len, e embed_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from longnet_zoo.layers import RelativeBias, TransformerStack, initialize_weights
+from longnet_zoo.ops.cross_entropy import Reduction, linear_cross_entropy
+
+from .text_config import TextConfig
+
+__all__ = ["TextModel"]
+
+
+class TextModel(nn.Module):
+    """Token embedding, Transformer stack and output head.
+
+    Positions are implicit (0, 1, ...); any length from 1 token works. The output head is the
+    token embedding, transposed, unless `tie_embeddings=False`: there is one such matrix then, under
+    one key of the state dict.
+
+    Args:
+        config: The options.
+
+    Raises:
+        TypeError: If the config is that of another family.
+    """
+
+    config_class: ClassVar[type[TextConfig]]
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise TypeError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, got "
+                f"{type(config).__name__}."
+            )
+        self.config = config
+        self.embedding: nn.Embedding | None = None
+        if config.vocab_size is not None:
+            self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+            initialize_weights(self.embedding, gain=1.0)
+        self.dropout = nn.Dropout(config.dropout)
+        self.stack = TransformerStack(
+            embed_dim=config.embed_dim,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            ffn_dim=config.ffn_dim or 4 * config.embed_dim,
+            pattern=config.pattern,
+            is_causal=config.is_causal,
+            num_kv_heads=config.num_kv_heads,
+            position=config.position,
+            rotary_base=config.rotary_base,
+            xpos_scale_base=config.xpos_scale_base,
+            relative_buckets=config.relative_buckets,
+            relative_max_distance=config.relative_max_distance,
+            norm=config.norm,
+            activation=config.activation,
+            qk_norm=config.qk_norm,
+            bias=config.bias,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+            activation_dropout=config.activation_dropout,
+            drop_path=config.drop_path,
+            eps=config.eps,
+            backend=config.backend,
+        )
+        self.head = _make_head(config)
+
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Computes logits for every position.
+
+        Args:
+            tokens: Token ids, integers (batch, seq_len).
+            inputs_embeds: Embeddings instead of tokens, (batch, seq_len, embed_dim).
+            key_padding_mask: Bool (batch, seq_len), True = padding.
+            cu_seqlens: Boundaries of packed sequences, int32 (num_sequences + 1,), for batch 1.
+
+        Returns:
+            Logits, (batch, seq_len, num_outputs); features for a model without a head.
+
+        Raises:
+            ValueError: If shapes or token ids do not fit the model.
+            TypeError: If tokens are not integers.
+        """
+        features = self.forward_features(
+            tokens,
+            inputs_embeds=inputs_embeds,
+            key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
+        )
+        return self.forward_head(features)
+
+    def forward_features(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Computes features after the final norm, (batch, seq_len, embed_dim).
+
+        Args:
+            tokens: As for `forward`.
+            inputs_embeds: As for `forward`.
+            key_padding_mask: As for `forward`.
+            cu_seqlens: As for `forward`.
+
+        Returns:
+            Features, (batch, seq_len, embed_dim).
+
+        Raises:
+            ValueError: If shapes or token ids do not fit the model.
+            TypeError: If tokens are not integers.
+        """
+        x = self._embed(tokens, inputs_embeds)
+        return self.stack(x, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Maps features (..., embed_dim) to logits (..., num_outputs)."""
+        weight = self.head_weight
+        return features if weight is None else functional.linear(features, weight)
+
+    def loss(
+        self,
+        tokens: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        ignore_index: int = -100,
+        chunk_size: int | None = None,
+        reduction: Reduction = "mean",
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Computes the cross-entropy of the labels; logits exist for a chunk of rows at a time.
+
+        Args:
+            tokens: As for `forward`.
+            labels: What each position must predict, int64 (batch, seq_len). Rows with
+                `ignore_index` cost nothing beyond their features.
+            inputs_embeds: As for `forward`.
+            ignore_index: Label of positions without loss, such as padding.
+            chunk_size: Rows whose logits exist at once; None: what fits a fixed memory.
+            reduction: `"mean"` over the labelled positions (0 if there are none), `"sum"` or
+                `"none"`.
+            key_padding_mask: As for `forward`.
+            cu_seqlens: As for `forward`.
+
+        Returns:
+            Loss in nats, float32: a scalar, or (batch, seq_len) for `"none"`.
+
+        Raises:
+            ValueError: If shapes, token ids or labels do not fit the model, or it has no head.
+            TypeError: If tokens or labels are not integers, or labels are missing.
+        """
+        weight = self.head_weight
+        if weight is None:
+            raise ValueError(
+                "loss needs an output head, this model has none (num_outputs=0). "
+                "Call reset_classifier(vocab_size)."
+            )
+        if labels is None:
+            raise TypeError("loss needs labels, int64 (batch, seq_len), got None.")
+        features = self.forward_features(
+            tokens,
+            inputs_embeds=inputs_embeds,
+            key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
+        )
+        return linear_cross_entropy(
+            features,
+            weight,
+            labels,
+            ignore_index=ignore_index,
+            chunk_size=chunk_size,
+            reduction=reduction,
+        )
+
+    @property
+    def head_weight(self) -> Tensor | None:
+        """The matrix that makes the logits, (num_outputs, embed_dim); None without a head."""
+        classifier = self.get_classifier()
+        return None if classifier is None else classifier.weight
+
+    def get_classifier(self) -> nn.Linear | nn.Embedding | None:
+        """Returns the module whose weight makes the logits: the embedding if they are tied."""
+        return self.embedding if self.config.has_tied_head else self.head
+
+    def reset_classifier(self, num_outputs: int) -> None:
+        """Replaces the output head by a new one of its own, no longer tied to the embedding.
+
+        Args:
+            num_outputs: Logits per token; 0 removes the head, then `forward` returns features.
+
+        Raises:
+            ValueError: If `num_outputs` is negative.
+            TypeError: If `num_outputs` is not an integer.
+        """
+        self.config = replace(self.config, num_outputs=num_outputs, tie_embeddings=False)
+        like = next(self.parameters())
+        head = _make_head(self.config)
+        self.head = None if head is None else head.to(device=like.device, dtype=like.dtype)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Chooses whether blocks are recomputed in the backward pass, which saves their memory."""
+        self.stack.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names the parameters for which weight decay makes no sense: norms, biases, positions."""
+        names = {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
+        for module_name, module in self.named_modules():
+            if isinstance(module, RelativeBias):
+                names |= {f"{module_name}.{name}" for name, _ in module.named_parameters()}
+        return names
+
+    def num_params(self) -> int:
+        """Counts the parameters; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops(self, seq_len: int) -> int:
+        """Counts the FLOPs of a forward pass over one sequence, a multiply-add as two.
+
+        Matrix products of all linear layers and the head, and attention by its attended pairs;
+        norms, activations and softmax are left out.
+
+        Args:
+            seq_len: Number of tokens.
+        """
+        config = self.config
+        weights = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        if config.has_tied_head and self.embedding is not None:
+            weights.append(self.embedding.weight)
+        per_token = 2 * sum(weight.numel() for weight in weights)
+        attention, _ = config.pattern.flops(
+            seq_len, config.num_heads, config.head_dim, is_causal=config.is_causal
+        )
+        return per_token * seq_len + config.num_layers * attention
+
+    def _embed(self, tokens: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (tokens is None) == (inputs_embeds is None):
+            got = "neither" if tokens is None else "both"
+            raise ValueError(f"give either tokens or inputs_embeds, got {got}.")
+        if inputs_embeds is not None:
+            self._check_embeds(inputs_embeds)
+            x = inputs_embeds
+        else:
+            assert tokens is not None
+            self._check_tokens(tokens)
+            assert self.embedding is not None
+            x = self.embedding(tokens)
+        if self.config.scale_embedding:
+            x = x * math.sqrt(self.config.embed_dim)
+        return self.dropout(x)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if self.embedding is None:
+            raise ValueError(
+                "this model has no token embedding (vocab_size=None). Pass inputs_embeds."
+            )
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(
+                f"tokens must be int64 or int32, got {tokens.dtype}. Convert them with .long()."
+            )
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise ValueError(
+                "tokens must be (batch, seq_len) with at least one token, got "
+                f"{tuple(tokens.shape)}. Add the batch with tokens[None] if there is none."
+            )
+        # Reading values would stall a GPU (which checks by itself) and break a compiled graph.
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            lowest, highest = torch.stack(tokens.aminmax()).tolist()
+            if lowest < 0 or highest >= self.embedding.num_embeddings:
+                raise ValueError(
+                    f"tokens must be in [0, vocab_size) with vocab_size="
+                    f"{self.embedding.num_embeddings}, got values from {lowest} to {highest}."
+                )
+
+    def _check_embeds(self, inputs_embeds: Tensor) -> None:
+        embed_dim = self.config.embed_dim
+        shape = tuple(inputs_embeds.shape)
+        if inputs_embeds.ndim != 3 or shape[2] != embed_dim or 0 in shape:
+            raise ValueError(
+                f"inputs_embeds must be (batch, seq_len, embed_dim) with embed_dim={embed_dim} and "
+                f"at least one position, got {shape}."
+            )
+
+
+def _make_head(config: TextConfig) -> nn.Linear | None:
+    if config.has_tied_head or config.head_size == 0:
+        return None
+    head = nn.Linear(config.embed_dim, config.head_size, bias=False)
+    nn.init.normal_(head.weight, std=config.embed_dim**-0.5)
+    return head

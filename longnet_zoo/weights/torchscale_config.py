@@ -1,0 +1,220 @@
+"""Options of microsoft/torchscale (EncoderConfig, DecoderConfig) as our configs."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from longnet_zoo.models import LongNetLMConfig, LongNetMLMConfig
+
+__all__ = ["DENSE_SEGMENT", "config_from_torchscale"]
+
+Part = Literal["encoder", "decoder"]
+
+# Defaults of torchscale's `architecture/config.py`; {} is "encoder" or "decoder".
+_DEFAULTS: dict[str, Any] = {
+    "{}_embed_dim": 768,
+    "{}_attention_heads": 12,
+    "{}_ffn_embed_dim": 3072,
+    "{}_layers": 12,
+    "{}_normalize_before": True,
+    "activation_fn": "gelu",
+    "dropout": 0.0,
+    "drop_path_rate": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "no_scale_embedding": True,
+    "rel_pos_buckets": 0,
+    "max_rel_pos": 0,
+    "deepnorm": False,
+    "subln": True,
+    "share_{}_input_output_embed": False,
+    "no_output_layer": False,
+    "layernorm_eps": 1e-5,
+    "vocab_size": -1,
+    "xpos_rel_pos": False,
+    "xpos_scale_base": 512,
+    "segment_length": None,
+    "dilated_ratio": None,
+}
+# What our models do not have: accepted with the value that turns it off.
+_OFF = {
+    "layernorm_embedding": False,
+    "moe_freq": 0,
+    "multiway": False,
+    "normalize_output": True,
+}
+# No influence on the outputs of a trained model without experts.
+_IGNORED = {
+    "bert_init",
+    "checkpoint_activations",
+    "ddp_rank",
+    "flash_attention",
+    "fsdp",
+    "img_size",
+    "in_chans",
+    "max_source_positions",
+    "max_target_positions",
+    "moe_eval_capacity_token_fraction",
+    "moe_expert_count",
+    "moe_gating_use_fp32",
+    "moe_normalize_gate_prob_before_dropping",
+    "moe_second_expert_policy",
+    "moe_top1_expert",
+    "patch_size",
+    "seq_parallel",
+    "use_xmoe",
+}
+# One segment longer than any sequence: dense attention.
+DENSE_SEGMENT = 2**30
+
+
+def config_from_torchscale(config: Mapping[str, object]) -> LongNetLMConfig | LongNetMLMConfig:
+    """Translates torchscale's options; missing ones take torchscale's defaults.
+
+    `decoder_*` options give a causal model, `encoder_*` options a bidirectional one. Without
+    `segment_length` attention is dense, as in torchscale's plain Encoder and Decoder. Segment
+    lengths and ratios may be strings such as "[2048, 4096]", as torchscale takes them; they are
+    parsed as literals, never evaluated.
+
+    Args:
+        config: torchscale's options by name.
+
+    Returns:
+        Our config, with the switches that torchscale's weights were trained with.
+
+    Raises:
+        ValueError: If an option is unknown, or is not what torchscale accepts.
+        NotImplementedError: If an option asks for what our models do not have.
+    """
+    part = _find_part(config)
+    options = _with_defaults(config, part)
+    is_causal = part == "decoder"
+    common = {
+        "vocab_size": options["vocab_size"] if options["vocab_size"] > 0 else None,
+        "num_outputs": 0 if options["no_output_layer"] else None,
+        "embed_dim": options[f"{part}_embed_dim"],
+        "num_layers": options[f"{part}_layers"],
+        "num_heads": options[f"{part}_attention_heads"],
+        "ffn_dim": options[f"{part}_ffn_embed_dim"],
+        "norm": _norm(options, part),
+        "activation": _activation(options["activation_fn"]),
+        "dropout": options["dropout"],
+        "attention_dropout": options["attention_dropout"],
+        "activation_dropout": options["activation_dropout"],
+        "drop_path": options["drop_path_rate"],
+        "eps": options["layernorm_eps"],
+        "tie_embeddings": options[f"share_{part}_input_output_embed"],
+        "scale_embedding": not options["no_scale_embedding"],
+        **_pattern(options),
+        **_position(options, is_causal=is_causal),
+    }
+    return LongNetLMConfig(**common) if is_causal else LongNetMLMConfig(**common)
+
+
+def _find_part(config: Mapping[str, object]) -> Part:
+    found = {part for part in ("encoder", "decoder") if any(f"{part}_" in key for key in config)}
+    if found == {"encoder"}:
+        return "encoder"
+    if found == {"decoder"}:
+        return "decoder"
+    if found:
+        raise NotImplementedError(
+            "an encoder-decoder has no counterpart here, got options of both: "
+            f"{', '.join(sorted(config))}. Convert the two parts one by one."
+        )
+    raise ValueError(
+        "the config must have options named encoder_* or decoder_*, such as decoder_layers, got "
+        f"{', '.join(sorted(config)) or 'no options'}."
+    )
+
+
+def _with_defaults(config: Mapping[str, object], part: Part) -> dict[str, Any]:
+    defaults = {name.format(part): value for name, value in _DEFAULTS.items()}
+    for name, value in config.items():
+        if name in _OFF and value != _OFF[name]:
+            raise NotImplementedError(
+                f"torchscale's {name}={value!r} has no counterpart here; only {_OFF[name]!r} has."
+            )
+        if name not in defaults and name not in _OFF and name not in _IGNORED:
+            near = difflib.get_close_matches(name, [*defaults, *_OFF, *_IGNORED], n=1)
+            cure = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"torchscale has no option {name!r} for {part}s.{cure}")
+    return defaults | {name: value for name, value in config.items() if name in defaults}
+
+
+def _norm(options: Mapping[str, Any], part: Part) -> str:
+    is_pre_norm = options[f"{part}_normalize_before"]
+    if part == "encoder":
+        # EncoderConfig derives this from the other two; DecoderConfig leaves its own as given.
+        is_pre_norm = not options["deepnorm"] and (options["subln"] or is_pre_norm)
+    if options["deepnorm"] and not is_pre_norm:
+        return "deepnorm"
+    if not options["deepnorm"] and is_pre_norm:
+        return "sub_ln" if options["subln"] else "pre_ln"
+    raise NotImplementedError(
+        "torchscale's norms have a counterpart as sub-LN, pre-LN or DeepNorm, got "
+        f"deepnorm={options['deepnorm']}, subln={options['subln']} and "
+        f"{part}_normalize_before={is_pre_norm}."
+    )
+
+
+def _activation(name: str) -> str:
+    if name != "gelu":
+        raise NotImplementedError(
+            f"torchscale's activation_fn={name!r} has no counterpart here; 'gelu' has."
+        )
+    return name
+
+
+def _pattern(options: Mapping[str, Any]) -> dict[str, Any]:
+    lengths = _parse_integers("segment_length", options["segment_length"])
+    rates = _parse_integers("dilated_ratio", options["dilated_ratio"])
+    if (lengths is None) != (rates is None):
+        raise ValueError(
+            "segment_length and dilated_ratio come together, got "
+            f"segment_length={options['segment_length']!r} and "
+            f"dilated_ratio={options['dilated_ratio']!r}."
+        )
+    if lengths is None:
+        return {"segment_lengths": (DENSE_SEGMENT,), "dilation_rates": (1,)}
+    return {
+        "segment_lengths": lengths,
+        "dilation_rates": rates,
+        "head_offset": "block",
+        "padded_keys": "zero",
+    }
+
+
+def _parse_integers(name: str, value: object) -> tuple[int, ...] | None:
+    if value is None or value == "":
+        return None
+    try:
+        parsed = ast.literal_eval(value) if isinstance(value, str) else value
+        return tuple(int(number) for number in parsed)  # type: ignore[union-attr]
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise ValueError(
+            f"{name} must be a list of integers or a string such as '[8, 16]', got {value!r}."
+        ) from error
+
+
+def _position(options: Mapping[str, Any], *, is_causal: bool) -> dict[str, Any]:
+    has_table = options["rel_pos_buckets"] > 0 and options["max_rel_pos"] > 0
+    if options["xpos_rel_pos"] and has_table:
+        raise NotImplementedError(
+            "xPos together with a relative bias has no counterpart here, got xpos_rel_pos=True "
+            f"and rel_pos_buckets={options['rel_pos_buckets']}."
+        )
+    if options["xpos_rel_pos"]:
+        return {"position": "xpos", "xpos_scale_base": float(options["xpos_scale_base"])}
+    if has_table:
+        # A decoder never uses the half of its buckets that is for later keys.
+        buckets = options["rel_pos_buckets"] // (2 if is_causal else 1)
+        return {
+            "position": "relative",
+            "relative_buckets": buckets,
+            "relative_max_distance": options["max_rel_pos"],
+        }
+    return {"position": None}

@@ -1,0 +1,153 @@
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from longnet_zoo import factory, registry
+from longnet_zoo.factory import create_model, list_models, model_info
+from longnet_zoo.models import LongNetLM, LongNetMLM
+from longnet_zoo.registry import PublishedWeights, find_model, register_model
+
+SMALL = {
+    "vocab_size": 61,
+    "embed_dim": 24,
+    "num_layers": 1,
+    "num_heads": 4,
+    "segment_lengths": (7, 16),
+    "dilation_rates": (1, 3),
+}
+TOKENS = torch.arange(40).reshape(2, 20)
+
+
+def test_options_change_the_config_and_the_rest_stays():
+    model = create_model("longnet_lm_tiny", num_layers=1, dropout=0.25)
+    assert isinstance(model, LongNetLM)
+    default = asdict(find_model("longnet_lm_tiny").config)
+    changed = {k: v for k, v in asdict(model.config).items() if v != default[k]}
+    assert changed == {"num_layers": 1, "dropout": 0.25}
+    assert isinstance(create_model("longnet_mlm_tiny", num_layers=1), LongNetMLM)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("longnet_lm_tny", {}, ValueError, "Did you mean 'longnet_lm_tiny'"),
+        (
+            "longnet_lm_tiny",
+            {"num_head": 4},
+            TypeError,
+            r"longnet_lm_tiny has no option 'num_head'. Did you mean 'num_heads'.*"
+            r"Options: vocab_size, embed_dim, .*backend\.",
+        ),
+        ("longnet_lm_tiny", {"qqq": 4}, TypeError, "no option 'qqq'. Options: vocab_size"),
+        ("longnet_lm_tiny", {"is_causal": False}, TypeError, "no option 'is_causal'"),
+        ("longnet_lm_tiny", {"num_heads": 2.0}, TypeError, r"num_heads must be .*got 2.0 \(float"),
+        ("longnet_lm_tiny", {"num_heads": 3}, ValueError, "embed_dim=128 and num_heads=3"),
+    ],
+)
+def test_unknown_names_and_wrong_options_are_refused(name, options, error, message):
+    with pytest.raises(error, match=message):
+        create_model(name, **options)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".bin", ".ckpt", None])
+def test_weights_come_from_files_and_state_dicts(suffix, tmp_path):
+    model = create_model("longnet_lm_tiny", **SMALL)
+    pretrained = model.state_dict()
+    if suffix == ".safetensors":
+        pretrained = tmp_path / "model.safetensors"
+        save_file(model.state_dict(), pretrained)
+    elif suffix is not None:
+        pretrained = str(tmp_path / f"model{suffix}")
+        torch.save(model.state_dict(), pretrained)
+    loaded = create_model("longnet_lm_tiny", pretrained=pretrained, **SMALL)
+    assert torch.equal(loaded(TOKENS), model(TOKENS))
+
+
+def test_published_weights_are_loaded_from_where_they_are_registered(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+    model = create_model("longnet_lm_tiny", **SMALL)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    register_model(
+        "longnet_lm_trained",
+        config=model.config,
+        family="longnet_lm",
+        modality="text",
+        description="a test",
+        source="nowhere",
+        weights=PublishedWeights(location=str(tmp_path / "w.safetensors"), licence="MIT"),
+    )(LongNetLM)
+    assert list_models(pretrained=True) == ["longnet_lm_trained"]
+    assert model_info("longnet_lm_trained").licence == "MIT"
+    loaded = create_model("longnet_lm_trained", pretrained=True)
+    assert torch.equal(loaded(TOKENS), model(TOKENS))
+    assert not torch.equal(create_model("longnet_lm_trained")(TOKENS), model(TOKENS))
+
+
+def test_weights_that_do_not_fit_are_refused_with_every_key():
+    state = create_model("longnet_lm_tiny", **SMALL).state_dict()
+    state["stack.norm.gain"] = state.pop("stack.norm.weight")
+    state["embedding.weight"] = state["embedding.weight"][:60]
+    with pytest.raises(ValueError, match="does not fit LongNetLM") as caught:
+        create_model("longnet_lm_tiny", pretrained=state, **SMALL)
+    for part in (
+        r"1 missing (stack.norm.weight)",
+        r"1 unexpected (stack.norm.gain)",
+        r"1 of another shape (embedding.weight: (60, 24) instead of (61, 24))",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "error", "message"),
+    [
+        (True, ValueError, "no weights are published for 'longnet_lm_tiny'.*a state dict"),
+        ("org/model", FileNotFoundError, "local file .*got 'org/model', which does not exist"),
+        ("gone.safetensors", FileNotFoundError, "'gone.safetensors', which does not exist"),
+        (3, TypeError, "pretrained must be a bool, the path .*got int"),
+        (None, TypeError, "pretrained must be a bool, the path .*got NoneType"),
+    ],
+)
+def test_weights_that_are_not_there_are_refused(pretrained, error, message):
+    with pytest.raises(error, match=message):
+        create_model("longnet_lm_tiny", pretrained=pretrained, **SMALL)
+
+
+def test_weights_are_looked_for_before_the_model_is_made(monkeypatch):
+    def build(config):
+        raise AssertionError("the model was made")
+
+    entry = replace(find_model("longnet_lm_2b7"), build=build)
+    monkeypatch.setitem(registry._ENTRIES, "longnet_lm_2b7", entry)
+    with pytest.raises(FileNotFoundError, match=r"gone\.pth"):
+        create_model("longnet_lm_2b7", pretrained="gone.pth")
+
+
+def test_list_models_filters():
+    assert list_models("*mlm*") == list_models(family="longnet_mlm")
+    assert list_models("*mlm*") == ["longnet_mlm_base", "longnet_mlm_tiny"]
+    assert list_models(modality="text") == list_models()
+    assert list_models(pretrained=True) == []
+    with pytest.raises(ValueError, match="modality must be one of 'text', got 'vision'"):
+        list_models(modality="vision")
+
+
+def test_model_info_takes_no_memory_and_defaults_to_the_longest_segment():
+    info = model_info("longnet_lm_2b7")
+    assert info.num_params > 2.7e9
+    assert info.seq_len == 32768
+    assert info.config == find_model("longnet_lm_2b7").config
+    assert info.licence is None
+    assert "2307.02486" in info.source
+    assert model_info("longnet_lm_2b7", 65536).flops == 2 * info.flops
+
+
+@pytest.mark.parametrize("seq_len", [0, -1, 2.0, True])
+def test_model_info_refuses_lengths_below_one(seq_len):
+    with pytest.raises(ValueError, match=f"seq_len must be an integer .*got {seq_len}"):
+        model_info("longnet_lm_tiny", seq_len)
+
+
+def test_factory_registers_every_model_by_itself():
+    assert len(factory.list_models()) >= 7

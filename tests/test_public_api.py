@@ -1,0 +1,19 @@
+import longnet_zoo as lz
+
+
+def test_public_names_exist_and_are_documented():
+    for name in lz.__all__:
+        assert getattr(lz, name).__doc__, name
+
+
+def test_public_names_are_those_of_the_readme():
+    assert set(lz.__all__) == {
+        "DilatedAttention",
+        "DilatedPattern",
+        "ModelInfo",
+        "MultiheadDilatedAttention",
+        "create_model",
+        "dilated_attention",
+        "list_models",
+        "model_info",
+    }

@@ -1,0 +1,89 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from longnet_zoo.weights import load_state_dict, read_state_dict
+
+
+def state():
+    return {"weight": torch.randn(2, 3), "bias": torch.randn(2)}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".bin", ".ckpt"])
+def test_file_gives_back_what_was_saved(suffix, tmp_path):
+    saved, path = state(), tmp_path / f"w{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(saved, path)
+    read = read_state_dict(path)
+    assert read.keys() == saved.keys()
+    assert all(torch.equal(read[key], saved[key]) for key in saved)
+
+
+def test_training_checkpoint_gives_the_weights_of_its_model(tmp_path):
+    saved = state()
+    weights = {f"model.{key}": x for key, x in saved.items()}
+    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "last.ckpt")
+    assert read_state_dict(tmp_path / "last.ckpt").keys() == saved.keys()
+    # A prefix that not all names have belongs to the names.
+    torch.save({"state_dict": {**weights, "scale": saved["bias"]}}, tmp_path / "other.ckpt")
+    assert "model.weight" in read_state_dict(tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("cut", [0, 10, 300])
+def test_damaged_file_is_one_clear_error(suffix, cut, tmp_path):
+    path = tmp_path / f"w{suffix}"
+    saved = {"weight": torch.randn(50, 50)}
+    (save_file if suffix == ".safetensors" else torch.save)(saved, path)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ValueError, match=f"cannot read weights from .*w{suffix}.*damaged"):
+        read_state_dict(path)
+
+
+class Unwelcome:
+    """Python objects in a file are code that would run."""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weight": Unwelcome()}, "cannot read weights .*plain state dict"),
+        ([torch.zeros(2)], "must be a mapping of names to tensors, .* holds a list"),
+        ({"model": {"weight": torch.zeros(2)}, "epoch": 3}, r"entries \['model', 'epoch'\] are"),
+        ({}, "it is empty"),
+    ],
+)
+def test_file_without_plain_weights_is_refused(content, message, tmp_path):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=message):
+        read_state_dict(tmp_path / "w.pth")
+
+
+def test_path_that_is_no_weight_file_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone\.pth', which does not exist"):
+        read_state_dict(tmp_path / "gone.pth")
+    with pytest.raises(FileNotFoundError, match="which is a folder"):
+        read_state_dict(tmp_path)
+    (tmp_path / "w.npz").touch()
+    with pytest.raises(ValueError, match=r"ending in .*got .*w\.npz"):
+        read_state_dict(tmp_path / "w.npz")
+
+
+def test_strict_loading_changes_nothing_unless_all_fits():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    wrong = {"0.weight": torch.zeros(2, 4), "0.bias": torch.zeros(2), "2.bias": torch.zeros(2)}
+    with pytest.raises(ValueError, match="my file does not fit Sequential") as caught:
+        load_state_dict(model, wrong, source="my file")
+    message = str(caught.value)
+    assert "2 missing (1.bias, 1.weight)" in message
+    assert "1 unexpected (2.bias)" in message
+    assert "1 of another shape (0.weight: (2, 4) instead of (2, 3))" in message
+    assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
+
+
+def test_strict_loading_copies_every_tensor():
+    model, saved = nn.Linear(3, 2), state()
+    load_state_dict(model, saved)
+    assert torch.equal(model.weight, saved["weight"])
+    assert model.weight.data_ptr() != saved["weight"].data_ptr()
