@@ -1,0 +1,231 @@
+"""The command `longnet-zoo`: list and describe models, draw attention patterns.
+
+rich and matplotlib are imported inside the functions that need them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from longnet_zoo.factory import ModelInfo, list_models, model_info
+from longnet_zoo.ops.pattern import DilatedPattern
+from longnet_zoo.plot import DOTS_PER_INCH, plot_pattern
+from longnet_zoo.registry import find_model, nearest_names
+
+__all__ = ["main"]
+
+_PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
+_HEADS_DRAWN = 8
+# What a wrong argument raises: shown as one line. Anything else is a bug and keeps its traceback.
+_USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        args: Arguments; None takes those of the process.
+
+    Returns:
+        The exit code, 0. Wrong arguments raise SystemExit with code 2 after one line on stderr.
+    """
+    parser = _make_parser()
+    options = parser.parse_args(args)
+    try:
+        options.run(options)
+    except _USER_ERRORS as error:
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is one `--help` away."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="longnet-zoo", description="Models with exact dilated attention.")
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("list", help="list the models", description="Lists the models.")
+    command.add_argument("pattern", nargs="?", default="*", help="pattern on the name: '*_lm_*'")
+    command.add_argument("--modality", help="only this modality, such as text")
+    command.set_defaults(run=_list)
+
+    command = commands.add_parser("info", help="describe a model", description="Describes a model.")
+    command.add_argument("name", help="name of the model")
+    command.add_argument(
+        "--seq-len", type=int, help="tokens to count FLOPs for (default: the longest segment)"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.set_defaults(run=_info)
+
+    _add_plot_command(commands)
+    return parser
+
+
+def _add_plot_command(commands: Any) -> None:
+    command = commands.add_parser(
+        "plot-pattern",
+        help="draw who attends to whom",
+        description="Draws which query attends to which key, one panel per head.",
+    )
+    command.add_argument("--model", help="take pattern, heads and causality from this model")
+    command.add_argument(
+        "--segment-lengths", type=int, nargs="+", metavar="TOKENS", help="one per branch"
+    )
+    command.add_argument(
+        "--dilation-rates", type=int, nargs="+", metavar="RATE", help="one per branch"
+    )
+    command.add_argument(
+        "--head-offset", choices=("modulo", "block"), help="where heads start (default: modulo)"
+    )
+    command.add_argument("--seq-len", type=int, help="tokens (default: the longest segment)")
+    command.add_argument("--num-heads", type=int, help="heads of the attention (default: 4)")
+    command.add_argument(
+        "--heads", type=int, nargs="+", help=f"heads to draw (default: the first {_HEADS_DRAWN})"
+    )
+    command.add_argument(
+        "--causal",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="whether a query sees only keys up to itself",
+    )
+    command.add_argument("--title", help="title of the picture")
+    command.add_argument("--output", type=Path, required=True, help="a .png, .svg or .pdf file")
+    command.set_defaults(run=_plot_pattern)
+
+
+def _list(options: argparse.Namespace) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list_models(options.pattern, modality=options.modality)
+    if not names:
+        near = nearest_names(options.pattern.strip("*"), list_models())
+        cure = f"Did you mean {near}?" if near else "`longnet-zoo list` shows all."
+        raise ValueError(f"no model matches {options.pattern!r}. {cure}")
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("model", no_wrap=True, style="bold")
+    table.add_column("modality", no_wrap=True)
+    table.add_column("parameters", no_wrap=True, justify="right")
+    table.add_column("what")
+    for info in map(model_info, names):
+        weights = "" if info.licence is None else f"; weights: {info.licence}"
+        table.add_row(
+            info.name, info.modality, _short(info.num_params), f"{info.description}{weights}"
+        )
+    Console().print(table)
+
+
+def _info(options: argparse.Namespace) -> None:
+    info = model_info(options.name, options.seq_len)
+    if options.json:
+        sys.stdout.write(json.dumps(asdict(info), indent=2) + "\n")
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    facts = Table(box=None, show_header=False, title=info.name, title_justify="left")
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column()
+    for name, value in _facts(info).items():
+        facts.add_row(name, value)
+    config = Table("option", "default", box=box.SIMPLE_HEAD)
+    for name, value in asdict(info.config).items():
+        config.add_row(name, " ".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    console = Console()
+    console.print(facts)
+    console.print(config)
+
+
+def _plot_pattern(options: argparse.Namespace) -> None:
+    if options.output.suffix not in _PICTURE_SUFFIXES:
+        raise ValueError(
+            f"--output must end in one of {', '.join(_PICTURE_SUFFIXES)}, got {options.output}."
+        )
+    pattern, num_heads, is_causal = _chosen_pattern(options)
+    seq_len = pattern.segment_lengths[-1] if options.seq_len is None else options.seq_len
+    heads = options.heads or range(min(num_heads, _HEADS_DRAWN))
+    title = options.title or (
+        f"{options.model}: who attends to whom"
+        if options.model
+        else "Dilated attention: who attends to whom"
+    )
+    figure = plot_pattern(
+        pattern,
+        seq_len=seq_len,
+        num_heads=num_heads,
+        is_causal=is_causal,
+        heads=heads,
+        title=title,
+    )
+    figure.savefig(options.output, dpi=DOTS_PER_INCH)
+    sys.stdout.write(f"wrote {options.output}\n")
+
+
+def _chosen_pattern(options: argparse.Namespace) -> tuple[DilatedPattern, int, bool]:
+    """Pattern, number of heads and causality, of a model or from the options."""
+    if options.model is not None:
+        given = [
+            f"--{name.replace('_', '-')}"
+            for name in ("segment_lengths", "dilation_rates", "head_offset")
+            if getattr(options, name) is not None
+        ]
+        if given:
+            raise ValueError(f"--model brings its own pattern, got also {', '.join(given)}.")
+        config = find_model(options.model).config
+        pattern, num_heads, is_causal = config.pattern, config.num_heads, config.is_causal
+    else:
+        if options.segment_lengths is None or options.dilation_rates is None:
+            raise ValueError("give --segment-lengths and --dilation-rates, or --model.")
+        pattern = DilatedPattern(
+            segment_lengths=tuple(options.segment_lengths),
+            dilation_rates=tuple(options.dilation_rates),
+            head_offset=options.head_offset or "modulo",
+        )
+        num_heads, is_causal = 4, False
+    return (
+        pattern,
+        num_heads if options.num_heads is None else options.num_heads,
+        is_causal if options.causal is None else options.causal,
+    )
+
+
+def _facts(info: ModelInfo) -> dict[str, str]:
+    return {
+        "what": info.description,
+        "family": info.family,
+        "modality": info.modality,
+        "source": info.source,
+        "weights": f"published, {info.licence}" if info.licence else "none published",
+        "parameters": f"{info.num_params:,} ({_short(info.num_params)})",
+        "forward FLOPs": f"{_short(info.flops)} for {info.seq_len:,} tokens",
+    }
+
+
+def _short(number: int) -> str:
+    """Three digits with a unit: 831K, 162M, 2.78G, 10.1T."""
+    units = ("", "K", "M", "G", "T", "P", "E")
+    # By what is shown: 999,600 is 1M, not 1000K.
+    power = min(max(0, len(f"{float(f'{number:.3g}'):.0f}") - 1) // 3, len(units) - 1)
+    return f"{number / 1000**power:.3g}{units[power]}"
+
+
+def _version() -> str:
+    return f"longnet-zoo {sys.modules['longnet_zoo'].__version__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

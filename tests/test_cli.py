@@ -1,0 +1,192 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longnet_zoo import cli
+from longnet_zoo.cli import main
+from longnet_zoo.factory import list_models, model_info
+
+
+@pytest.fixture(autouse=True)
+def narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def run(*args, capsys):
+    assert main(args) == 0
+    return capsys.readouterr().out
+
+
+def fail(*args, capsys):
+    """Runs a command that must end with code 2 and one line on stderr."""
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_list_shows_every_model_in_80_columns(capsys):
+    lines = run("list", capsys=capsys).splitlines()
+    assert max(map(len, lines)) <= 80
+    for name in list_models():
+        (line,) = [line for line in lines if line.split()[:1] == [name]]
+        assert "text" in line
+    assert "162M" in next(line for line in lines if "longnet_lm_base" in line)
+
+
+def test_list_filters(capsys):
+    out = run("list", "*mlm*", "--modality", "text", capsys=capsys)
+    assert "longnet_mlm_tiny" in out
+    assert "longnet_lm_tiny" not in out
+
+
+def test_info_shows_parameters_flops_and_options(capsys):
+    out = run("info", "longnet_lm_base", "--seq-len", "4096", capsys=capsys)
+    assert max(map(len, out.splitlines())) <= 80
+    info = model_info("longnet_lm_base", 4096)
+    assert f"{info.num_params:,} (162M)" in out
+    assert "for 4,096 tokens" in out
+    assert "2048 4096 8192 16384 32768" in out
+    assert "none published" in out
+    assert "2307.02486" in out
+
+
+def test_info_as_json_is_the_whole_info(capsys):
+    info = json.loads(run("info", "longnet_lm_tiny", "--json", capsys=capsys))
+    assert info["num_params"] == model_info("longnet_lm_tiny").num_params
+    assert info["seq_len"] == 8192
+    assert info["config"]["segment_lengths"] == [512, 1024, 2048, 4096, 8192]
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_plot_pattern_writes_a_picture(suffix, tmp_path, capsys):
+    path = tmp_path / f"pattern.{suffix}"
+    options = "--segment-lengths 8 16 --dilation-rates 1 2 --seq-len 20 --num-heads 2 --causal"
+    out = run("plot-pattern", *options.split(), "--output", str(path), capsys=capsys)
+    assert out == f"wrote {path}\n"
+    start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]
+    assert path.read_bytes().startswith(start)
+
+
+def read_plot_arguments(monkeypatch, tmp_path, *args):
+    """What the command asks `plot_pattern` for."""
+    calls = []
+    draw = cli.plot_pattern
+
+    def spy(pattern, **options):
+        calls.append((pattern, options))
+        return draw(pattern, **options)
+
+    monkeypatch.setattr(cli, "plot_pattern", spy)
+    main(["plot-pattern", *args, "--output", str(tmp_path / "p.png")])
+    return calls[0]
+
+
+def test_plot_pattern_of_a_model_takes_its_pattern(monkeypatch, tmp_path):
+    pattern, options = read_plot_arguments(monkeypatch, tmp_path, "--model", "longnet_lm_base")
+    assert pattern.segment_lengths == (2048, 4096, 8192, 16384, 32768)
+    assert options["seq_len"] == 32768
+    assert options["num_heads"] == 12
+    assert options["heads"] == range(8)
+    assert options["is_causal"] is True
+    assert options["title"] == "longnet_lm_base: who attends to whom"
+
+
+def test_plot_pattern_options_win(monkeypatch, tmp_path):
+    args = "--model longnet_lm_tiny --no-causal --num-heads 6 --heads 5 0 --seq-len 1024 --title T"
+    _, options = read_plot_arguments(monkeypatch, tmp_path, *args.split())
+    assert options == {
+        "seq_len": 1024,
+        "num_heads": 6,
+        "is_causal": False,
+        "heads": [5, 0],
+        "title": "T",
+    }
+    args = "--segment-lengths 8 16 --dilation-rates 1 2 --head-offset block"
+    pattern, options = read_plot_arguments(monkeypatch, tmp_path, *args.split())
+    assert pattern.head_offset == "block"
+    assert (options["seq_len"], options["num_heads"], options["is_causal"]) == (16, 4, False)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("info longnet_lm_bas", "Did you mean 'longnet_lm_base'"),
+        ("info longnet_lm_base --seq-len 0", "seq_len must be an integer of at least 1, got 0"),
+        ("info longnet_lm_base --seq-len many", "argument --seq-len: invalid int value: 'many'"),
+        (
+            "list longnet_lm_tny",
+            "no model matches 'longnet_lm_tny'. Did you mean 'longnet_lm_tiny'",
+        ),
+        ("list zzz*", "no model matches 'zzz*'. `longnet-zoo list` shows all."),
+        ("list --modality smell", "modality must be one of 'text', got 'smell'"),
+        ("lst", "invalid choice: 'lst'"),
+        ("", "the following arguments are required: COMMAND"),
+        ("plot-pattern --output p.png", "give --segment-lengths and --dilation-rates, or --model"),
+        ("plot-pattern --model longnet_lm_tiny --output p.gif", "must end in one of .png, .svg"),
+        ("plot-pattern --model longnet_lm_tiny --output no/such/p.png", "no/such"),
+        ("plot-pattern --model longnet_lm_tin --output p.png", "Did you mean 'longnet_lm_tiny'"),
+        (
+            "plot-pattern --model longnet_lm_tiny --head-offset block --output p.png",
+            "--model brings its own pattern, got also --head-offset",
+        ),
+        (
+            "plot-pattern --segment-lengths 8 4 --dilation-rates 1 2 --output p.png",
+            "segment_lengths must be positive and strictly increasing, got (8, 4)",
+        ),
+        (
+            "plot-pattern --segment-lengths 8 --dilation-rates 1 --num-heads 0 --output p.png",
+            "num_heads must be an integer of at least 1, got 0",
+        ),
+        (
+            "plot-pattern --segment-lengths 8 --dilation-rates 1 --heads 4 --output p.png",
+            "between 0 and 3, got (4,)",
+        ),
+    ],
+)
+def test_wrong_arguments_end_with_one_line_and_code_2(args, message, capsys):
+    assert message in fail(*args.split(), capsys=capsys)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(name, seq_len):
+        raise KeyError("inside")
+
+    monkeypatch.setattr(cli, "model_info", broken)
+    with pytest.raises(KeyError, match="inside"):
+        main(["info", "longnet_lm_tiny"])
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (999_499, "999K"),
+        (999_600, "1M"),
+        (162_144_768, "162M"),
+        (2_775_127_040, "2.78G"),
+        (13_200_000_000_000, "13.2T"),
+        (4 * 10**18, "4E"),
+    ],
+)
+def test_large_numbers_have_three_digits(number, words):
+    assert cli._short(number) == words
+
+
+def test_module_runs_as_a_programme():
+    done = subprocess.run(
+        [sys.executable, "-m", "longnet_zoo.cli", "--version"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("longnet-zoo ")
+    assert done.stderr == ""
