@@ -1,0 +1,79 @@
+# `make` alone lists the targets. Needs Python >= 3.10, git and make; the rest installs itself.
+
+PYTHON ?= python3
+VENV ?= .venv
+# More options for pip, for example a mirror or another build of torch.
+PIP_FLAGS ?=
+# More options for the programme that a target runs, for example
+# `make train ARGS="--trainer.max_steps 50"` or `make test ARGS="-x -k merge"`.
+ARGS ?=
+
+RUN := $(VENV)/bin/python
+CONFIG ?= configs/text/quickstart.yaml
+# One thread a worker, so results depend neither on the number of cores nor on the load.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup train test test-fast lint format bench clean FORCE
+
+help: ## List the targets
+	@echo "Usage: make TARGET [PYTHON=python3.12] [VENV=.venv] [ARGS=...]"
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
+
+setup: $(VENV)/.ready ## Set up the virtual environment; every other target does so by itself
+
+train: $(VENV)/.ready ## Train longnet_lm_tiny on the standard library and write a report
+	$(RUN) -m recipes.text_lm fit --config $(CONFIG) $(ARGS)
+
+test: lint ## Run every check: ruff, mypy, all tests
+	$(PYTEST) $(ARGS)
+
+test-fast: $(VENV)/.ready ## Run the tests that are neither slow nor distributed
+	$(PYTEST) -m "not slow and not distributed" $(ARGS)
+
+lint: $(VENV)/.ready ## Check style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(VENV)/.ready ## Mend style where it can be done automatically
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(VENV)/.ready ## Run the benchmarks that the README quotes
+	$(RUN) -m benchmarks.dilated_attention $(ARGS)
+
+clean: ## Remove the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are written last, so an interrupted set-up starts that step again.
+$(VENV)/.ready: pyproject.toml constraints.txt $(VENV)/.python
+	@rm -f $@
+	@echo "set-up 2/2: packages into $(VENV) (2 to 10 minutes; torch alone is over 2 GB with CUDA)"
+	@$(RUN) -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_FLAGS) \
+	    --editable ".[train,dev]" --constraint constraints.txt \
+	    || { echo "error: pip could not install the packages; its message is above. Cure it and repeat." >&2; exit 1; }
+	@touch $@
+	@echo "set-up done: it is repeated only when pyproject.toml, constraints.txt or the Python change"
+
+# Looked at each time, rewritten only when $(PYTHON) has another version than $(VENV).
+$(VENV)/.python: FORCE
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: $(PYTHON) not found." \
+	    "Install Python 3.10 or newer, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error:" \
+	    "Python 3.10 or newer is needed, $(PYTHON) is $$("$(PYTHON)" -V 2>&1)." \
+	    "Name another: make PYTHON=python3.12" >&2; exit 1; }
+	@version=$$("$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	if [ "$$version" != "$$(cat $@ 2>/dev/null)" ] || ! $(RUN) -c '' 2>/dev/null; then \
+	    "$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot" \
+	        "make virtual environments (no ensurepip). On Debian or Ubuntu:" \
+	        "apt install python$$version-venv" >&2; exit 1; }; \
+	    echo "set-up 1/2: virtual environment $(VENV) with Python $$version (10 seconds)"; \
+	    rm -f $@ $(VENV)/.ready; \
+	    "$(PYTHON)" -m venv --clear "$(VENV)" && echo "$$version" > $@; \
+	fi
+
+FORCE:

@@ -1,0 +1,208 @@
+"""The import graph points one way; see CONTRIBUTING.md, "Import rules"."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "longnet_zoo"
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+# Floor -> the floors it may import from, besides itself.
+ALLOWED = {
+    "registry": set(),
+    "ops": set(),
+    "layers": {"ops"},
+    "parallel": {"ops"},
+    "models": {"ops", "layers", "registry"},
+    "weights": {"ops", "models", "registry"},
+    "factory": {"ops", "models", "weights", "parallel", "registry"},
+    "planner": {"ops", "models", "factory", "registry"},
+    "interop": {"ops", "layers", "models", "weights", "factory", "registry"},
+    "plot": {"ops"},
+    "cli": {"ops", "plot", "factory", "planner", "weights", "registry"},
+}
+# The oracle shares no code with what it judges; a pattern is how both are asked.
+ORACLE = "ops/reference.py"
+ORACLE_MAY_IMPORT = {"longnet_zoo.ops.pattern"}
+
+# Everything outside the core, and what only the command line draws with.
+OPTIONAL = {
+    "datasets",
+    "flash_attn",
+    "jsonargparse",
+    "lightning",
+    "matplotlib",
+    "peft",
+    "pytorch_lightning",
+    "rich",
+    "tensorboard",
+    "tokenizers",
+    "torchaudio",
+    "torchmetrics",
+    "transformers",
+    "triton",
+}
+PROGRAMMES = {"recipes", "benchmarks", "tests"}
+
+
+def parse(file: str) -> ast.Module:
+    return ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+
+
+def imported_names(nodes: Iterable[ast.AST], file: str) -> set[str]:
+    """Absolute dotted names of all that `nodes` import; `from a import b` gives `a` and `a.b`."""
+    package = ["longnet_zoo", *Path(file).parent.parts]
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Walks what importing the file executes: no function bodies, no `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from run_at_import(child)
+
+
+def top_names(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def run_python(code: str) -> str:
+    """Runs `code` in a fresh interpreter and returns its last line of output."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
+def test_file_imports_only_from_floors_below(file):
+    floor = Path(file).parts[0].removesuffix(".py")
+    assert floor in ALLOWED, f"{file}: add the floor {floor!r} and what it may import to ALLOWED"
+    names = imported_names(ast.walk(parse(file)), file)
+    floors = {name.split(".")[1] for name in names if name.startswith("longnet_zoo.")}
+    # Within the package's own root a name may be a re-export: refused by the next test.
+    wrong = (floors & ALLOWED.keys()) - ALLOWED[floor] - {floor}
+    allowed = sorted(ALLOWED[floor]) or "nothing of ours"
+    assert not wrong, f"{file}: {floor} must not import {sorted(wrong)}; allowed: {allowed}"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
+def test_file_does_not_import_from_the_package_root(file):
+    # The root imports every floor, so this would be a hidden cycle.
+    for node in ast.walk(parse(file)):
+        if isinstance(node, ast.Import):
+            wrong = any(alias.name == "longnet_zoo" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            depth = len(Path(file).parent.parts)
+            wrong = node.module == "longnet_zoo" and not node.level
+            wrong = wrong or (node.module is None and node.level == depth + 1)
+        else:
+            continue
+        assert not wrong, (
+            f"{file}:{node.lineno}: `{ast.unparse(node)}` imports from the root of the package; "
+            "name the module that defines it"
+        )
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_optional_packages_are_imported_inside_functions(file):
+    # A Triton kernel needs Triton where it is defined; the subprocess test below sees to it that
+    # such a file is not imported by `import longnet_zoo`.
+    wrong = top_names(imported_names(run_at_import(parse(file)), file)) & (OPTIONAL - {"triton"})
+    assert not wrong, f"{file}: import {sorted(wrong)} inside the one function that uses it"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_package_imports_neither_lightning_nor_programmes(file):
+    names = top_names(imported_names(ast.walk(parse(file)), file))
+    wrong = names & (PROGRAMMES | {"lightning", "pytorch_lightning"})
+    assert not wrong, f"{file}: {sorted(wrong)} belongs to recipes/ and benchmarks/, not in here"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file == ORACLE])
+def test_oracle_shares_no_code_with_the_fast_path(file):
+    package = {name for name in imported_names(ast.walk(parse(file)), file) if "." in name}
+    modules = {name for name in package if (ROOT / f"{name.replace('.', '/')}.py").exists()}
+    wrong = modules - ORACLE_MAY_IMPORT
+    assert not wrong, f"{file}: imports {sorted(wrong)}; allowed: {sorted(ORACLE_MAY_IMPORT)}"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("ops/")])
+def test_ops_define_no_modules(file):
+    bases = [
+        (node.lineno, ast.unparse(base))
+        for node in ast.walk(parse(file))
+        if isinstance(node, ast.ClassDef)
+        for base in node.bases
+    ]
+    wrong = [line for line, base in bases if base.split(".")[-1] == "Module"]
+    assert not wrong, f"{file}: nn.Module defined on line(s) {wrong}; modules live in layers/"
+
+
+# `torch` and `timm` may import Triton or rich by themselves: they are imported first, and what is
+# counted afterwards is new modules and the import statements of our own files.
+RECORD_IMPORTS = """
+import builtins, sys
+import einops, huggingface_hub, numpy, safetensors.torch, timm, torch
+before, ours, plain_import = set(sys.modules), set(), builtins.__import__
+
+def recording_import(name, globals=None, locals=None, fromlist=(), level=0):
+    if str((globals or {}).get("__name__")).startswith("longnet_zoo"):
+        ours.add(name.split(".")[0])
+    return plain_import(name, globals, locals, fromlist, level)
+
+builtins.__import__ = recording_import
+import longnet_zoo
+builtins.__import__ = plain_import
+assert not torch.cuda.is_initialized(), "import longnet_zoo touches the GPU"
+new = {name.split(".")[0] for name in sys.modules.keys() - before}
+print(",".join(sorted(new | ours)))
+"""
+
+
+def test_importing_the_package_imports_no_optional_package():
+    imported = set(run_python(RECORD_IMPORTS).split(","))
+    assert "longnet_zoo" in imported
+    wrong = imported & OPTIONAL
+    assert not wrong, f"`import longnet_zoo` imports {sorted(wrong)}; import it where it is used"
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+import einops, huggingface_hub, safetensors.torch, timm, torch
+for name in {optional!r}:
+    if name not in sys.modules:
+        sys.modules[name] = None
+import longnet_zoo
+found = [module.name for module in pkgutil.walk_packages(longnet_zoo.__path__, "longnet_zoo.")]
+for name in found:
+    importlib.import_module(name)
+print(",".join(sorted(found)))
+"""
+
+
+def test_every_module_can_be_imported_without_the_extras():
+    hidden = sorted(OPTIONAL - {"triton", "rich"})
+    imported = set(run_python(IMPORT_ALL.format(optional=hidden)).split(","))
+    modules = {f"longnet_zoo.{file}".replace("/", ".").removesuffix(".py") for file in FILES}
+    modules = {name.removesuffix(".__init__") for name in modules} - {"longnet_zoo"}
+    missed = sorted(modules - imported)
+    assert not missed, f"not found by pkgutil: {missed}; is there an __init__.py in each folder?"
