@@ -102,7 +102,7 @@ class Call:
         parts = [_laid_out(part, self.layout) for part in packed.split(heads, dim=2)]
         inputs = dict(zip(("q", "k", "v"), parts, strict=True))
         if self.bias is not None:
-            bias = torch.randn(self._bias_shape(), generator=generator, dtype=torch.float64)
+            bias = 0.5 * torch.randn(self._bias_shape(), generator=generator).double()
             inputs["bias"] = bias.to(torch.promote_types(dtype, torch.float32))
         return {name: x.detach().requires_grad_() for name, x in inputs.items()}
 
