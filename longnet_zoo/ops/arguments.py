@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .kernels import BACKENDS
 from .pattern import DilatedPattern
 
 __all__ = ["check_arguments"]
@@ -23,6 +24,7 @@ def check_arguments(
     key_padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     dropout_p: float,
+    backend: str,
 ) -> None:
     """Checks shapes, dtypes and ranges; values inside tensors are checked where they are read."""
     if not isinstance(pattern, DilatedPattern):
@@ -45,6 +47,8 @@ def check_arguments(
         _check_cu_seqlens(q, cu_seqlens, key_padding_mask)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}.")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -89,7 +89,7 @@ def dilated_attention(
         >>> q, k, v = torch.randn(3, 1, 4096, 8, 64).unbind(0)
         >>> out = dilated_attention(q, k, v, DilatedPattern.geometric(512, 4096), is_causal=True)
     """
-    check_arguments(q, k, v, pattern, bias, key_padding_mask, cu_seqlens, dropout_p)
+    check_arguments(q, k, v, pattern, bias, key_padding_mask, cu_seqlens, dropout_p, backend)
     seq_len, head_dim = q.shape[1], q.shape[3]
     span = min(pattern.segment_lengths[-1], seq_len)
     if xpos_scale_base is not None:

@@ -74,6 +74,7 @@ class JointSoftmax:
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Returns out (b, n, h, d) in the dtype of q and lse (b, n, h) in float32 or float64."""
         out, lse = self._sums(q), self._sums(q[..., 0], fill=float("-inf"))
+        q, k, v = self._without_hidden(q, k, v)
         q, k = self._decay_all(q, k)
         for piece in self._pieces([q, out, lse], [k, v]):
             q_rows, out_rows, lse_rows, k_rows, v_rows = piece.views
@@ -113,6 +114,7 @@ class JointSoftmax:
         # A row that saw nothing has no weights: exp(logits - inf) = 0.
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
         grads = [self._sums(x) for x in (q, k, v)]
+        q, k, v, out_grad = self._without_hidden(q, k, v, out_grad)
         q, k = self._decay_all(q, k)
         bias = self.dense_bias if self.dense_bias is not None else self.distance_bias
         bias_grad = None
@@ -226,6 +228,12 @@ class JointSoftmax:
         )
         sums = torch.empty(x.shape, dtype=_sum_dtype(x), device=x.device)
         return sums if is_covered else sums.fill_(fill)
+
+    def _without_hidden(self, *tensors: Tensor) -> list[Tensor]:
+        """Zeroes the rows of padding, whose weight of zero would not silence a NaN in them."""
+        if self.is_hidden is None:
+            return list(tensors)
+        return [x.masked_fill(self.is_hidden[:, :, None, None], 0.0) for x in tensors]
 
     def _decay_all(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Multiplies by the xPos factors of the longest segment, if the shorter ones nest in it."""

@@ -232,9 +232,9 @@ def test_xpos_that_would_overflow(dtype, scale_base, is_causal):
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["flash3", "", "SDPA"])
+@pytest.mark.parametrize("backend", ["flash3", "", "SDPA", None])
 def test_a_backend_that_does_not_exist(backend):
-    with pytest.raises(ValueError, match=rf"backend must be one of .*'sdpa'.*got '{backend}'"):
+    with pytest.raises(ValueError, match=rf"backend must be one of .*'sdpa'.*got {backend!r}"):
         attend(backend=backend)
 
 

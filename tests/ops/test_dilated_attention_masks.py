@@ -223,3 +223,20 @@ def test_a_bias_in_a_pack_is_that_of_each_document(is_causal, bias):
         assert_close(out[:, inside], own_out.double(), "out", FLOAT32)
         assert_close(lse[:, inside], own_lse.double(), "lse", FLOAT32)
         start += length
+
+
+@CAUSAL
+@pytest.mark.parametrize("is_right", [True, False])
+def test_nan_in_padding_stays_there(is_causal, is_right):
+    pattern = DilatedPattern(segment_lengths=(4, 12), dilation_rates=(1, 3))
+    mask = torch.arange(12) >= 8 if is_right else torch.arange(12) % 5 == 0
+    inputs = [torch.randn(1, 12, 2, 4) for _ in range(4)]
+    results = []
+    for fill in (0.0, torch.nan):
+        q, k, v, out_grad = (x.masked_fill(mask[None, :, None, None], fill) for x in inputs)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = dilated_attention(*leaves, pattern, is_causal=is_causal, key_padding_mask=mask[None])
+        results.append((out, *torch.autograd.grad(out, leaves, out_grad)))
+    for clean, poisoned in zip(*results, strict=True):
+        assert torch.equal(clean, poisoned)
+        assert poisoned[:, mask].eq(0).all()
