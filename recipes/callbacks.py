@@ -1,0 +1,156 @@
+"""Callbacks that every recipe uses: exact resumption, the last checkpoint, throughput."""
+
+import random
+import time
+from collections import deque
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+__all__ = ["ExactResumption", "LastCheckpoint", "Throughput"]
+
+
+class ExactResumption(Callback):
+    """Makes the random numbers of each training step depend on seed, step and rank alone.
+
+    A saved generator state is right only if nothing draws between the save and the next step, yet
+    validation, a new epoch and the loader's workers all do. Seeding every step leaves nothing to
+    go wrong: a resumed run draws the same dropout as an unbroken one, on each rank, however often
+    it validates.
+    """
+
+    def __init__(self) -> None:
+        self._seed: int | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes over the seed of the run, unless a checkpoint brought one."""
+        if self._seed is None:
+            self._seed = torch.initial_seed() % 2**32
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Seeds Python, NumPy and PyTorch for this batch, and sets the loggers' step right."""
+        assert self._seed is not None
+        # Lightning counts one too many where a run ended with a validation and is made longer.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        seed = _mix(self._seed, batches, trainer.global_rank)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the seed, which may have been chosen by chance."""
+        return {"seed": self._seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the seed of the run that is resumed."""
+        self._seed = state_dict["seed"]
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps `checkpoints/last.ckpt`: every so many steps, and when training ends for any reason.
+
+    Lightning's own class leaves out the steps after the last multiple, and appends -v1, -v2, ...
+    when a recipe runs again.
+
+    Args:
+        every_n_train_steps: Optimizer steps between two checkpoints.
+    """
+
+    def __init__(self, *, every_n_train_steps: int = 100) -> None:
+        super().__init__(
+            save_last=True,
+            save_top_k=0,
+            every_n_train_steps=every_n_train_steps,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+
+    @property
+    def state_key(self) -> str:
+        """Names the state, so that a resumed run may save more or less often."""
+        return "LastCheckpoint"
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves what came after the last multiple."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Says how to go on. It saves nothing: a step cut in two could not be resumed exactly."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            saved = self.last_model_path
+            print(f"Resume {saved} with --ckpt_path last." if saved else "Nothing is saved yet.")
+
+
+class Throughput(Callback):
+    """Logs `tokens_per_second` of training, without validation, over the last steps.
+
+    Also keeps `train_seconds`, the time spent in training steps, across resumptions.
+
+    Args:
+        window: Batches to average over.
+    """
+
+    def __init__(self, *, window: int = 10) -> None:
+        if window < 1:
+            raise ValueError(f"window must be 1 or more, got {window}.")
+        self.train_seconds = 0.0
+        self._last: float | None = None
+        self._recent: deque[tuple[float, int]] = deque(maxlen=window)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Starts the clock at the first batch and after a pause."""
+        if self._last is None:
+            self._last = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Measures from the end of one batch to the end of the next, so waiting for data counts."""
+        now = time.perf_counter()
+        assert self._last is not None
+        seconds, self._last = now - self._last, now
+        self.train_seconds += seconds
+        self._recent.append((seconds, batch["tokens"].numel() * trainer.world_size))
+        elapsed, tokens = (sum(column) for column in zip(*self._recent, strict=True))
+        pl_module.log("tokens_per_second", tokens / elapsed)
+        pl_module.log("train_seconds", self.train_seconds)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stops the clock."""
+        self._last = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the time spent so far."""
+        return {"train_seconds": self.train_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Adds the time of the run that is resumed."""
+        self.train_seconds = state_dict["train_seconds"]
+
+
+def _mix(*numbers: int) -> int:
+    """Returns a 32-bit number in which a change of any input changes about half of the bits."""
+    mixed = 0
+    for number in numbers:
+        # splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014).
+        mixed = (mixed + number + 0x9E3779B97F4A7C15) % 2**64
+        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+        mixed ^= mixed >> 31
+    return mixed % 2**32

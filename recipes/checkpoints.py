@@ -1,0 +1,97 @@
+"""Looks into a checkpoint before a run starts, so that a bad one is one clear error."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_state_dict", "last_checkpoint", "read_checkpoint"]
+
+_LISTED = 8
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Opens a Lightning checkpoint without reading its tensors into memory.
+
+    Args:
+        path: A local file.
+
+    Returns:
+        The checkpoint; its tensors stay in the file until they are used.
+
+    Raises:
+        ValueError: There is no such file, it is damaged, or it is no Lightning checkpoint.
+    """
+    if not Path(path).is_file():
+        raise ValueError(
+            f"the checkpoint must be an existing file, got ckpt_path={str(path)!r}. Look into "
+            f"{_absolute_parent(path)}, or pass ckpt_path=last for the newest of this run."
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    # Damage shows itself as RuntimeError, UnpicklingError, EOFError, KeyError and more.
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"the checkpoint {path} is damaged, or no checkpoint at all "
+            f"({os.path.getsize(path):,} bytes; {reason[0] if reason else type(error).__name__}). "
+            "Resume from another one, or start again without ckpt_path."
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint)
+        raise ValueError(
+            f"a Lightning checkpoint holds 'state_dict', got {_listed(found)} in {path}. Pass a "
+            "file that a recipe wrote."
+        )
+    return checkpoint
+
+
+def check_state_dict(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
+    """Compares the names and shapes of a checkpoint's weights with those of the model.
+
+    Args:
+        expected: State dict of the model.
+        got: State dict of the checkpoint.
+
+    Raises:
+        ValueError: They differ; the message lists missing, unexpected and mis-shaped keys.
+    """
+    missing = [key for key in expected if key not in got]
+    unexpected = [key for key in got if key not in expected]
+    shapes = [
+        f"{key}: model {tuple(expected[key].shape)}, checkpoint {tuple(got[key].shape)}"
+        for key in expected
+        if key in got and expected[key].shape != got[key].shape
+    ]
+    problems = [
+        f"{len(keys)} {kind}: {_listed(keys)}"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shapes))
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            "the checkpoint is of another model than the configuration: "
+            + "; ".join(problems)
+            + ". Use the model_name and model_options it was trained with, or another checkpoint."
+        )
+
+
+def last_checkpoint(run_dir: str | Path) -> Path | None:
+    """Returns the newest `checkpoints/last*.ckpt` of a run, or None if there is none."""
+    found = Path(run_dir, "checkpoints").glob("last*.ckpt")
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _listed(keys: Any) -> str:
+    """Returns the first keys and how many more there are."""
+    if not isinstance(keys, list):
+        return str(keys)
+    more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
+    return ", ".join(keys[:_LISTED]) + more
+
+
+def _absolute_parent(path: str | Path) -> Path:
+    return Path(path).expanduser().resolve().parent

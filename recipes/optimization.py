@@ -1,0 +1,191 @@
+"""AdamW with weight-decay groups, and a learning rate that warms up and then decays by step.
+
+The schedule is a function of the optimizer step alone, so a resumed run continues on it exactly.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+__all__ = ["OptimizationConfig", "WarmupDecay", "decay_groups", "learning_rate_factor"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    """Settings of the optimizer and of its learning rate.
+
+    Attributes:
+        lr: Highest learning rate, reached at the end of the warm-up.
+        weight_decay: Decoupled weight decay of the matrices; vectors (biases, gains) get none.
+        betas: AdamW's averaging factors of the gradient and of its square.
+        eps: AdamW's term against division by zero.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly.
+        decay: Shape of the descent after the warm-up.
+        decay_power: Exponent of the polynomial decay; 1 is a straight line.
+        decay_steps: Optimizer step at which the descent ends, warm-up included; None means the
+            length of the run.
+        final_lr_factor: Part of `lr` that is left at the end, between 0 and 1.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    warmup_steps: int = 0
+    decay: Literal["polynomial", "cosine"] = "polynomial"
+    decay_power: float = 1.0
+    decay_steps: int | None = None
+    final_lr_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "lr must be positive", lr=self.lr)
+        _require(
+            self.weight_decay >= 0, "weight_decay must be 0 or more", weight_decay=self.weight_decay
+        )
+        _require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "betas must be two numbers in [0, 1)",
+            betas=tuple(self.betas),
+        )
+        _require(self.eps > 0, "eps must be positive", eps=self.eps)
+        _require(
+            self.warmup_steps >= 0, "warmup_steps must be 0 or more", warmup_steps=self.warmup_steps
+        )
+        _require(
+            self.decay in ("polynomial", "cosine"),
+            "decay must be 'polynomial' or 'cosine'",
+            decay=self.decay,
+        )
+        _require(self.decay_power > 0, "decay_power must be positive", decay_power=self.decay_power)
+        _require(
+            0 <= self.final_lr_factor <= 1,
+            "final_lr_factor must be in [0, 1]",
+            final_lr_factor=self.final_lr_factor,
+        )
+        _require(
+            self.decay_steps is None or self.decay_steps > self.warmup_steps,
+            "decay_steps must be greater than warmup_steps",
+            decay_steps=self.decay_steps,
+            warmup_steps=self.warmup_steps,
+        )
+
+    def build(self, model: nn.Module, *, run_steps: float) -> dict[str, Any]:
+        """Makes what `LightningModule.configure_optimizers` returns.
+
+        Args:
+            model: The model to train; its `no_weight_decay()`, where it has one, names parameters
+                that get no weight decay.
+            run_steps: Optimizer steps of the run, `inf` where only time ends it; taken where
+                `decay_steps` is None.
+
+        Returns:
+            Optimizer and schedule.
+
+        Raises:
+            ValueError: Neither the decay nor the run has an end.
+        """
+        total_steps = run_steps if self.decay_steps is None else self.decay_steps
+        if math.isinf(total_steps):
+            raise ValueError(
+                "the decay of the learning rate needs an end, got decay_steps=None and a run "
+                "without a number of steps. Set model.decay_steps or trainer.max_steps."
+            )
+        optimizer = torch.optim.AdamW(
+            decay_groups(model, self.weight_decay), lr=self.lr, betas=self.betas, eps=self.eps
+        )
+        schedule = WarmupDecay(optimizer, config=self, total_steps=int(total_steps))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def learning_rate_factor(step: int, *, config: OptimizationConfig, total_steps: int) -> float:
+    """Returns the part of `config.lr` that optimizer step `step` (from 0) uses.
+
+    It is (step + 1) / warmup_steps while that is below 1; then, with p = (step - warmup_steps) /
+    (total_steps - warmup_steps) and f = `final_lr_factor`, f + (1 - f) (1 - p)**decay_power or
+    f + (1 - f) (1 + cos(pi p)) / 2; from `total_steps` on it stays f.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    # A quick try may be shorter than the warm-up.
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    progress = min(1.0, progress)
+    if config.decay == "cosine":
+        left = (1 + math.cos(math.pi * progress)) / 2
+    else:
+        left = (1 - progress) ** config.decay_power
+    return config.final_lr_factor + (1 - config.final_lr_factor) * left
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Splits the trainable parameters into those with and those without weight decay.
+
+    Matrices decay; vectors (biases, norms) and the names in `model.no_weight_decay()` do not.
+    """
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim > 1 and name not in exempt].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
+
+
+class WarmupDecay(LambdaLR):
+    """Warm-up and decay whose settings, and the optimizer's, survive a restored checkpoint.
+
+    A checkpoint brings back learning rate, betas and weight decay of the run that wrote it. Only
+    its position counts here: what the configuration says now goes before.
+
+    Args:
+        optimizer: A new optimizer, before a checkpoint is loaded into it.
+        config: The settings.
+        total_steps: Optimizer step at which the decay ends.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, *, config: OptimizationConfig, total_steps: int
+    ) -> None:
+        self._settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ]
+        super().__init__(
+            optimizer,
+            lambda step: learning_rate_factor(step, config=config, total_steps=total_steps),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the position in the schedule."""
+        return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the position, and puts the current settings back into the optimizer."""
+        self.last_epoch = state_dict["last_epoch"]
+        self._step_count = state_dict["_step_count"]
+        for group, settings, base_lr, factor in zip(
+            self.optimizer.param_groups,
+            self._settings,
+            self.base_lrs,
+            self.lr_lambdas,
+            strict=True,
+        ):
+            group.update(settings)
+            group["initial_lr"] = base_lr
+            group["lr"] = base_lr * factor(self.last_epoch)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def _require(holds: bool, rule: str, **values: Any) -> None:
+    """Raises a ValueError that states the rule and the values got."""
+    if not holds:
+        got = ", ".join(f"{name}={value}" for name, value in values.items())
+        raise ValueError(f"{rule}, got {got}.")

@@ -1,0 +1,273 @@
+r"""Trains a causal language model on text or code.
+
+    python -m recipes.text_lm fit --config configs/text/quickstart.yaml
+    python -m recipes.text_lm fit --config configs/text/quickstart.yaml --ckpt_path last
+    python -m recipes.text_lm validate --config configs/text/quickstart.yaml
+    python -m recipes.text_lm predict --config configs/text/quickstart.yaml \
+        --model.sampling.prompts '["import os\n\n\ndef "]'
+
+Every option: `python -m recipes.text_lm fit --help`. Shapes: b batch, n seq_len.
+"""
+
+import math
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+
+import longnet_zoo as lz
+from recipes.callbacks import ExactResumption, Throughput
+from recipes.checkpoints import check_state_dict
+from recipes.cli import run
+from recipes.context_warmup import ContextWarmup
+from recipes.metrics import BitsPerByte
+from recipes.optimization import OptimizationConfig
+from recipes.sampling import SamplingConfig, complete, printable
+from recipes.text_data import TextDataModule
+from recipes.tokenizers import Tokenizer
+
+__all__ = ["TextLM", "main"]
+
+IGNORED = -100
+
+
+class TextLM(L.LightningModule):
+    """A registered causal language model with its training, evaluation and sampling.
+
+    Args:
+        model_name: Name in the registry (`longnet-zoo list`); None takes `longnet_lm_tiny`, or
+            `longnet_mlm_tiny` for the masked twin.
+        model_options: Options of `longnet_zoo.create_model` for it, such as `vocab_size`,
+            `segment_lengths` or `dropout`.
+        lr: Highest learning rate, reached at the end of the warm-up.
+        weight_decay: Decoupled weight decay of the matrices; vectors get none.
+        betas: AdamW's averaging factors of the gradient and of its square.
+        eps: AdamW's term against division by zero.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly.
+        decay: Shape of the descent after the warm-up.
+        decay_power: Exponent of the polynomial decay; 1 is a straight line.
+        decay_steps: Optimizer step at which the descent ends; None means `trainer.max_steps`.
+        final_lr_factor: Part of `lr` that is left at the end, between 0 and 1.
+        context_warmup: How the context of training batches grows to the whole window; null starts
+            with the whole window.
+        grad_checkpointing: Computes activations again in the backward pass to save memory.
+        sampling: How `predict` and the report write text.
+    """
+
+    default_model = "longnet_lm_tiny"
+    default_prompts: tuple[str, ...] = ("import os\n\n\ndef ",)
+
+    def __init__(
+        self,
+        *,
+        model_name: str | None = None,
+        model_options: dict[str, Any] | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-8,
+        warmup_steps: int = 0,
+        decay: Literal["polynomial", "cosine"] = "polynomial",
+        decay_power: float = 1.0,
+        decay_steps: int | None = None,
+        final_lr_factor: float = 0.0,
+        context_warmup: ContextWarmup | None = None,
+        grad_checkpointing: bool = False,
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__()
+        # Written out, so that a checkpoint does not depend on the default.
+        model_name = model_name or self.default_model
+        # Plain values only, so that checkpoints load with weights_only=True.
+        self.save_hyperparameters(ignore=["context_warmup", "sampling"])
+        self.optimization = OptimizationConfig(
+            lr=lr,
+            weight_decay=weight_decay,
+            betas=betas,
+            eps=eps,
+            warmup_steps=warmup_steps,
+            decay=decay,
+            decay_power=decay_power,
+            decay_steps=decay_steps,
+            final_lr_factor=final_lr_factor,
+        )
+        self.context_warmup = context_warmup
+        self.sampling = sampling
+        self.prompts = sampling.prompts or self.default_prompts
+        self.model = lz.create_model(model_name, **(model_options or {}))
+        self.model.set_grad_checkpointing(grad_checkpointing)
+        self.tokenizer: Tokenizer | None = None
+        self.register_buffer("token_bytes", None, persistent=False)
+        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.held_out = BitsPerByte()
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Returns what makes a resumed run equal an unbroken one, from Python too."""
+        return [ExactResumption(), Throughput()]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Makes AdamW and its schedule."""
+        # Not `estimated_stepping_batches`: it sets the loader up before its position is restored.
+        max_steps = self.trainer.max_steps
+        return self.optimization.build(
+            self.model, run_steps=max_steps if max_steps > 0 else float("inf")
+        )
+
+    def setup(self, stage: str) -> None:
+        """Takes over the tokenizer of the data."""
+        tokenizer = getattr(self.trainer.datamodule, "tokenizer", self.tokenizer)
+        if tokenizer is None:
+            raise ValueError(
+                "the task needs the tokenizer of its data, got datamodule="
+                f"{self.trainer.datamodule!r}. Pass datamodule=TextDataModule(...) to the Trainer, "
+                "or call attach_tokenizer first."
+            )
+        self.attach_tokenizer(tokenizer)
+
+    def attach_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Takes a tokenizer, which says how many bytes a token stands for.
+
+        Raises:
+            ValueError: The model has fewer token ids than the tokenizer.
+        """
+        vocab_size = self.model.config.vocab_size
+        if vocab_size < tokenizer.vocab_size:
+            raise ValueError(
+                f"the model must have every id of the tokenizer, got vocab_size={vocab_size} and "
+                f"a tokenizer with {tokenizer.vocab_size} ids. Set "
+                f"model.model_options.vocab_size to {tokenizer.vocab_size}."
+            )
+        self.tokenizer = tokenizer
+        self.token_bytes = tokenizer.token_bytes.to(self.device)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Returns the mean loss of a batch, which the context warm-up shortens."""
+        if self.context_warmup is not None:
+            # In place, so that the throughput counts the tokens that were read. The hook made for
+            # this, `on_after_batch_transfer`, makes Lightning warn wherever there is a data module.
+            batch.update(self.context_warmup.cut(batch, self.global_step))
+        loss = self._loss(batch, reduction="mean")
+        self._batches.append((loss.detach(), *self._count(batch["labels"])))
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Logs the step, which may have accumulated several batches."""
+        losses, tokens, num_bytes = (torch.stack(x) for x in zip(*self._batches, strict=True))
+        self._batches.clear()
+        bits = (losses * tokens).sum() / math.log(2) / num_bytes.sum().clamp(min=1)
+        self.log("train_loss", losses.mean(), sync_dist=True)
+        self.log("train_bits_per_byte", bits, sync_dist=True)
+        self.log("lr", optimizer.param_groups[0]["lr"])
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def on_validation_epoch_start(self) -> None:
+        """Begins a new sum."""
+        self.held_out = BitsPerByte()
+
+    def on_test_epoch_start(self) -> None:
+        """Begins a new sum."""
+        self.held_out = BitsPerByte()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Adds the loss of a batch."""
+        tokens, num_bytes = self._count(batch["labels"])
+        self.held_out.update(
+            nats=float(self._loss(batch, reduction="sum")),
+            num_tokens=int(tokens),
+            num_bytes=int(num_bytes),
+        )
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Adds the loss of a batch."""
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs `val_loss` and `val_bits_per_byte`."""
+        self._log_held_out("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs `test_loss` and `test_bits_per_byte`."""
+        self._log_held_out("test")
+
+    def predict_dataloader(self) -> list[str]:
+        """Returns the prompts."""
+        return list(self.prompts)
+
+    def predict_step(self, batch: str, batch_idx: int) -> str:
+        """Prints a prompt with what the model writes after it."""
+        text = self.sample(batch)
+        if self.trainer.is_global_zero:
+            print(f"--- prompt {batch_idx + 1} ---\n{text}\n")
+        return text
+
+    def sample(self, prompt: str) -> str:
+        """Returns a prompt and the model's continuation of it."""
+        assert self.tokenizer is not None
+        special = {self.tokenizer.mask_id, self.tokenizer.pad_id} - {None}
+        ids = torch.from_numpy(self.tokenizer.encode_batch([prompt.encode()])[0].astype("int64"))
+        new = complete(
+            self.model,
+            ids.to(self.device),
+            config=self.sampling,
+            stop_id=self.tokenizer.eod_id,
+            banned_ids=sorted(special),
+        )
+        return printable(prompt + self.tokenizer.decode(new.tolist()))
+
+    def progress_text(self, metrics: dict[str, float]) -> str:
+        """Returns what a progress bar shows of the newest metrics."""
+        names = {"train": "train_bits_per_byte", "val": "val_bits_per_byte"}
+        parts = [f"{short} {metrics[name]:.3f}" for short, name in names.items() if name in metrics]
+        parts[-1:] = [f"{part} bits/byte" for part in parts[-1:]]
+        if "tokens_per_second" in metrics:
+            parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+        return "  ".join(parts)
+
+    def token_losses(
+        self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Returns the loss of each token in nats, (b, n), 0 where there is no label."""
+        return self.model.loss(
+            tokens, labels, ignore_index=IGNORED, reduction="none", cu_seqlens=cu_seqlens
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses the weights of another model.
+
+        Raises:
+            ValueError: Names or shapes differ; the message lists them.
+        """
+        # Sharded checkpoints are read piece by piece later.
+        if "state_dict" in checkpoint:
+            check_state_dict(self.state_dict(), checkpoint["state_dict"])
+
+    def _loss(self, batch: dict[str, Tensor], *, reduction: Literal["mean", "sum"]) -> Tensor:
+        return self.model.loss(
+            batch["tokens"],
+            batch["labels"],
+            ignore_index=IGNORED,
+            reduction=reduction,
+            cu_seqlens=batch.get("cu_seqlens"),
+        )
+
+    def _count(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns how many tokens have a loss, and how many bytes they stand for."""
+        has_loss = labels != IGNORED
+        num_bytes = self.token_bytes[labels.clamp(min=0)] * has_loss
+        return has_loss.sum(), num_bytes.sum()
+
+    def _log_held_out(self, split: Literal["val", "test"]) -> None:
+        self.held_out.reduce(self.trainer.strategy)
+        self.log(f"{split}_loss", self.held_out.loss, sync_dist=True)
+        self.log(f"{split}_bits_per_byte", self.held_out.bits_per_byte, sync_dist=True)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line."""
+    run(TextLM, TextDataModule, args=args)
+
+
+if __name__ == "__main__":
+    main()

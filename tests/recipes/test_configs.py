@@ -1,0 +1,139 @@
+"""Every YAML parses against its recipe and runs, made tiny from the command line."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import longnet_zoo as lz
+from tests.recipes.text_runs import model_options, write_corpus
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs" / "text").rglob("*.yaml"))
+RECIPES = ("recipes.text_lm", "recipes.text_mlm")
+
+
+@pytest.fixture(autouse=True)
+def no_process_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipes"])
+
+
+def recipe_of(config):
+    """Returns the module that the command in the header runs."""
+    header = config.read_text().split("\n\n", 1)[0]
+    path = config.relative_to(ROOT).as_posix()
+    (name,) = re.findall(rf"python -m (\S+) fit --config {re.escape(path)}(?: |$)", header, re.M)[
+        :1
+    ]
+    assert name in RECIPES
+    return importlib.import_module(name)
+
+
+def write_tokenizer(path):
+    """Writes a byte-level tokenizer.json with an end-of-document and a mask token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["def value(self): return index"], trainer)
+    tokenizer.save(str(path))
+    return tokenizer.get_vocab_size()
+
+
+def write_table(path, column):
+    """Writes the tiny corpus as a .jsonl table."""
+    texts = [file.read_text() for file in sorted(write_corpus(path.parent / "files").iterdir())]
+    path.write_text("\n".join(json.dumps({column: text}) for text in texts))
+    return path
+
+
+def test_there_are_the_configs_that_the_readme_names():
+    assert {config.name for config in CONFIGS} == {
+        "quickstart.yaml",
+        "longnet_base_stack.yaml",
+        "mlm_quickstart.yaml",
+        "mlm_base.yaml",
+    }
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_header_says_how_to_run_it_on_what_and_what_comes_out(config):
+    header = config.read_text().split("\n\n", 1)[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    recipe_of(config)
+    for heading in ("Hardware", "Expected time", "Expected result"):
+        assert f"# {heading} " in header
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_config_parses_as_it_is(config, capsys):
+    with pytest.raises(SystemExit) as stop:
+        recipe_of(config).main(["fit", f"--config={config}", "--print_config"])
+    assert stop.value.code == 0
+    written, parsed = yaml.safe_load(config.read_text()), yaml.safe_load(capsys.readouterr().out)
+    for name, value in written["model"]["model_options"].items() if _options(written) else []:
+        assert parsed["model"]["model_options"][name] == value
+    assert parsed["trainer"]["max_steps"] == written["trainer"]["max_steps"]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_config_runs_at_tiny_size(config, tmp_path):
+    written = yaml.safe_load(config.read_text())["data"]
+    options, data = model_options(), {"seq_len": 64, "source": write_corpus(tmp_path / "corpus")}
+    data |= {"val_fraction": 0.2, "test_fraction": 0.1}
+    if written.get("streaming"):
+        column = written.get("column", "text")
+        data["source"] = write_table(tmp_path / "table.jsonl", column)
+    if "tokenizer" in written:
+        data["tokenizer"] = tmp_path / "tokenizer.json"
+        options["vocab_size"] = write_tokenizer(data["tokenizer"])
+    changes = [f"--data.{name}={value}" for name, value in data.items()]
+    changes += [f"--model.model_options.{name}={value}" for name, value in options.items()]
+    trainer = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true"}
+    changes += [f"--trainer.{name}={value}" for name, value in trainer.items()]
+    changes += ["--trainer.fast_dev_run=true", f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    recipe = recipe_of(config)
+    for command in ("fit", "validate"):
+        recipe.main([command, f"--config={config}", *changes])
+    # fast_dev_run leaves nothing behind.
+    assert not (tmp_path / "run").exists()
+
+
+def test_base_config_is_the_papers_table():
+    config = yaml.safe_load((ROOT / "configs/text/longnet_base_stack.yaml").read_text())
+    model, trainer, data = config["model"], config["trainer"], config["data"]
+    # arXiv 2307.02486, Table 3 and Sec. 4.2.
+    assert model["lr"] == 6e-4
+    assert model["betas"] == [0.9, 0.98]
+    assert model["warmup_steps"] == 750
+    assert model["weight_decay"] == 0.01
+    assert model["decay"] == "polynomial"
+    assert trainer["max_steps"] == 300_000
+    assert trainer["gradient_clip_val"] == 2.0
+    batch = data["seq_len"] * data["batch_size"] * trainer["devices"]
+    assert batch * trainer["accumulate_grad_batches"] == 2**19
+    with torch.device("meta"):
+        built = lz.create_model(model["model_name"], **model["model_options"]).config
+    assert (built.num_layers, built.embed_dim, built.num_heads, built.ffn_dim) == (
+        *(12, 768, 12),
+        3072,
+    )
+    assert built.segment_lengths == (2048, 4096, 8192, 16384, 32768)
+    assert built.dilation_rates == (1, 2, 4, 6, 12)
+    assert built.dropout == 0.0
+
+
+def _options(written):
+    return written["model"].get("model_options")

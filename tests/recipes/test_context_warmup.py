@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from recipes.context_warmup import ContextWarmup
+
+
+def test_context_grows_geometrically_to_the_whole_window():
+    warmup = ContextWarmup(start=512, steps=40)
+    contexts = [warmup.context(step, 8192) for step in range(60)]
+    assert contexts[:41:10] == [512, 1024, 2048, 4096, 8192]
+    assert contexts == sorted(contexts)
+    assert set(contexts[40:]) == {8192}
+    assert all(context % 128 == 0 for context in contexts)
+
+
+def test_a_window_shorter_than_the_start_stays_whole():
+    assert ContextWarmup(start=512, steps=40).context(0, 100) == 100
+
+
+def test_rows_keep_their_beginning():
+    tokens = torch.arange(2 * 1000).view(2, 1000)
+    batch = ContextWarmup(start=256, steps=10).cut({"tokens": tokens, "labels": tokens + 1}, 0)
+    assert torch.equal(batch["tokens"], tokens[:, :256])
+    assert torch.equal(batch["labels"], tokens[:, :256] + 1)
+
+
+@pytest.mark.parametrize("name", ["start", "steps"])
+def test_sizes_must_be_positive(name):
+    with pytest.raises(ValueError, match=f"{name} must be 1 or more, got {name}=0"):
+        ContextWarmup(**{"start": 8, "steps": 8, name: 0})
+
+
+def test_packed_documents_are_refused():
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    batch = {"tokens": tokens, "labels": tokens, "cu_seqlens": torch.tensor([0, 3, 8])}
+    with pytest.raises(ValueError, match="confine_to_document=True packs them into one"):
+        ContextWarmup(start=4, steps=2).cut(batch, 0)

@@ -1,0 +1,106 @@
+"""AdamW's groups and the learning rate, also across a restored checkpoint."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from recipes.optimization import OptimizationConfig, decay_groups, learning_rate_factor
+from recipes.text_lm import TextLM
+from tests.recipes.text_runs import model_options
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"decay": "polynomial"}, [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
+        ({"decay": "polynomial", "decay_power": 2.0}, [0.25, 0.5, 0.75, 1, 1, 9 / 16, 1 / 4]),
+        (
+            {"decay": "cosine", "final_lr_factor": 0.1},
+            [0.25, 0.5, 0.75, 1.0, 1.0, 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2, 0.55],
+        ),
+    ],
+)
+def test_learning_rate_warms_up_and_decays(options, expected):
+    config = OptimizationConfig(warmup_steps=4, **options)
+    got = [learning_rate_factor(i, config=config, total_steps=8) for i in range(len(expected))]
+    assert got == pytest.approx(expected)
+
+
+def test_a_run_shorter_than_its_warm_up_stays_in_it():
+    config = OptimizationConfig(warmup_steps=10)
+    got = [learning_rate_factor(i, config=config, total_steps=2) for i in range(3)]
+    assert got == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_only_matrices_decay_and_not_those_the_model_exempts():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 3)
+            self.table = nn.Parameter(torch.zeros(2, 2))
+            self.frozen = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+
+        def no_weight_decay(self):
+            return {"table"}
+
+    net = Net()
+    decayed, exempt = decay_groups(net, 0.3)
+    assert decayed["params"] == [net.linear.weight]
+    assert decayed["weight_decay"] == 0.3
+    assert {id(p) for p in exempt["params"]} == {id(net.linear.bias), id(net.table)}
+    assert exempt["weight_decay"] == 0.0
+
+
+def test_every_parameter_of_the_model_is_trained_once():
+    task = TextLM(model_options=model_options())
+    groups = decay_groups(task.model, 0.1)
+    parameters = [p for group in groups for p in group["params"]]
+    assert len(parameters) == len({id(p) for p in parameters}) == len(list(task.parameters()))
+
+
+def test_restored_schedule_keeps_its_place_and_takes_the_new_settings():
+    def build(**options):
+        config = OptimizationConfig(warmup_steps=2, decay_steps=10, **options)
+        return config.build(nn.Linear(2, 2), run_steps=10)
+
+    old = build(lr=1.0, weight_decay=0.1, betas=(0.5, 0.6))
+    schedule = old["lr_scheduler"]["scheduler"]
+    for _ in range(4):
+        old["optimizer"].step()
+        schedule.step()
+    new = build(lr=2.0, weight_decay=0.2, betas=(0.7, 0.8))
+    new["optimizer"].load_state_dict(old["optimizer"].state_dict())
+    assert new["optimizer"].param_groups[0]["weight_decay"] == 0.1
+    new["lr_scheduler"]["scheduler"].load_state_dict(schedule.state_dict())
+    group = new["optimizer"].param_groups[0]
+    assert group["lr"] == pytest.approx(2.0 * (10 - 4) / 8)
+    assert group["weight_decay"] == 0.2
+    assert group["betas"] == (0.7, 0.8)
+    assert new["optimizer"].param_groups[1]["weight_decay"] == 0.0
+    new["optimizer"].step()
+    new["lr_scheduler"]["scheduler"].step()
+    assert group["lr"] == pytest.approx(2.0 * (10 - 5) / 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.0}, "lr must be positive, got lr=0.0"),
+        ({"weight_decay": -0.1}, "weight_decay must be 0 or more, got weight_decay=-0.1"),
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got betas=\(0.9, 1.0\)"),
+        ({"eps": 0.0}, "eps must be positive, got eps=0.0"),
+        ({"warmup_steps": -1}, "warmup_steps must be 0 or more, got warmup_steps=-1"),
+        ({"decay": "linear"}, "decay must be 'polynomial' or 'cosine', got decay=linear"),
+        ({"decay_power": 0.0}, "decay_power must be positive, got decay_power=0.0"),
+        ({"final_lr_factor": 1.5}, r"final_lr_factor must be in \[0, 1\], got final_lr_factor=1.5"),
+        (
+            {"decay_steps": 5, "warmup_steps": 5},
+            "decay_steps must be greater than warmup_steps, got decay_steps=5, warmup_steps=5",
+        ),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TextLM(model_options=model_options(), **options)
