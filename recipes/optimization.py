@@ -1,4 +1,7 @@
-"""AdamW with weight-decay groups, and a learning rate that warms up and then decays by step.
+"""AdamW or Muon, and a learning rate that warms up and then decays by step.
+
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon; timm's implementation) orthogonalizes
+the updates of matrices and leaves embeddings and vectors to AdamW. It learns more from few steps.
 
 The schedule is a function of the optimizer step alone, so a resumed run continues on it exactly.
 """
@@ -8,10 +11,17 @@ import math
 from typing import Any, Literal
 
 import torch
+from timm.optim import Muon
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["OptimizationConfig", "WarmupDecay", "decay_groups", "learning_rate_factor"]
+__all__ = [
+    "OptimizationConfig",
+    "WarmupDecay",
+    "decay_groups",
+    "learning_rate_factor",
+    "muon_groups",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,10 +29,12 @@ class OptimizationConfig:
     """Settings of the optimizer and of its learning rate.
 
     Attributes:
+        optimizer: "adamw" or "muon".
+        muon_adamw_lr_scale: What Muon leaves to AdamW learns at `lr` times this.
         lr: Highest learning rate, reached at the end of the warm-up.
         weight_decay: Decoupled weight decay of the matrices; vectors (biases, gains) get none.
         betas: AdamW's averaging factors of the gradient and of its square.
-        eps: AdamW's term against division by zero.
+        eps: Term against division by zero.
         warmup_steps: Optimizer steps over which the learning rate rises linearly.
         decay: Shape of the descent after the warm-up.
         decay_power: Exponent of the polynomial decay; 1 is a straight line.
@@ -31,6 +43,8 @@ class OptimizationConfig:
         final_lr_factor: Part of `lr` that is left at the end, between 0 and 1.
     """
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    muon_adamw_lr_scale: float = 0.5
     lr: float = 1e-3
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
@@ -42,6 +56,16 @@ class OptimizationConfig:
     final_lr_factor: float = 0.0
 
     def __post_init__(self) -> None:
+        _require(
+            self.optimizer in ("adamw", "muon"),
+            "optimizer must be 'adamw' or 'muon'",
+            optimizer=self.optimizer,
+        )
+        _require(
+            self.muon_adamw_lr_scale > 0,
+            "muon_adamw_lr_scale must be positive",
+            muon_adamw_lr_scale=self.muon_adamw_lr_scale,
+        )
         _require(self.lr > 0, "lr must be positive", lr=self.lr)
         _require(
             self.weight_decay >= 0, "weight_decay must be 0 or more", weight_decay=self.weight_decay
@@ -94,14 +118,24 @@ class OptimizationConfig:
                 "the decay of the learning rate needs an end, got decay_steps=None and a run "
                 "without a number of steps. Set model.decay_steps or trainer.max_steps."
             )
-        optimizer = torch.optim.AdamW(
-            decay_groups(model, self.weight_decay), lr=self.lr, betas=self.betas, eps=self.eps
-        )
+        optimizer = self._make_optimizer(model)
         schedule = WarmupDecay(optimizer, config=self, total_steps=int(total_steps))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def _make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        if self.optimizer == "adamw":
+            groups = decay_groups(model, self.weight_decay)
+            return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
+        return Muon(
+            muon_groups(model, self.weight_decay),
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            fallback_lr_scale=self.muon_adamw_lr_scale,
+        )
 
 
 def learning_rate_factor(step: int, *, config: OptimizationConfig, total_steps: int) -> float:
@@ -137,6 +171,27 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": groups[True], "weight_decay": weight_decay},
         {"params": groups[False], "weight_decay": 0.0},
     ]
+
+
+def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Adds to `decay_groups` which parameters Muon leaves to AdamW: embeddings and vectors."""
+    embeddings = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters()
+    }
+    groups = []
+    for group in decay_groups(model, weight_decay):
+        for is_fallback in (False, True):
+            parameters = [
+                parameter
+                for parameter in group["params"]
+                if (parameter.ndim < 2 or id(parameter) in embeddings) == is_fallback
+            ]
+            if parameters:
+                groups.append({**group, "params": parameters, "use_fallback": is_fallback})
+    return groups
 
 
 class WarmupDecay(LambdaLR):

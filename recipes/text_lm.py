@@ -40,10 +40,12 @@ class TextLM(L.LightningModule):
             `longnet_mlm_tiny` for the masked twin.
         model_options: Options of `longnet_zoo.create_model` for it, such as `vocab_size`,
             `segment_lengths` or `dropout`.
+        optimizer: "adamw", or "muon" for matrices with AdamW for all else.
+        muon_adamw_lr_scale: What Muon leaves to AdamW learns at `lr` times this.
         lr: Highest learning rate, reached at the end of the warm-up.
         weight_decay: Decoupled weight decay of the matrices; vectors get none.
         betas: AdamW's averaging factors of the gradient and of its square.
-        eps: AdamW's term against division by zero.
+        eps: Term against division by zero.
         warmup_steps: Optimizer steps over which the learning rate rises linearly.
         decay: Shape of the descent after the warm-up.
         decay_power: Exponent of the polynomial decay; 1 is a straight line.
@@ -63,6 +65,8 @@ class TextLM(L.LightningModule):
         *,
         model_name: str | None = None,
         model_options: dict[str, Any] | None = None,
+        optimizer: Literal["adamw", "muon"] = "adamw",
+        muon_adamw_lr_scale: float = 0.5,
         lr: float = 1e-3,
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.98),
@@ -82,6 +86,8 @@ class TextLM(L.LightningModule):
         # Plain values only, so that checkpoints load with weights_only=True.
         self.save_hyperparameters(ignore=["context_warmup", "sampling"])
         self.optimization = OptimizationConfig(
+            optimizer=optimizer,
+            muon_adamw_lr_scale=muon_adamw_lr_scale,
             lr=lr,
             weight_decay=weight_decay,
             betas=betas,
@@ -107,7 +113,7 @@ class TextLM(L.LightningModule):
         return [ExactResumption(), Throughput()]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Makes AdamW and its schedule."""
+        """Makes the optimizer and its schedule."""
         # Not `estimated_stepping_batches`: it sets the loader up before its position is restored.
         max_steps = self.trainer.max_steps
         return self.optimization.build(

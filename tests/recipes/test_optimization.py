@@ -1,4 +1,4 @@
-"""AdamW's groups and the learning rate, also across a restored checkpoint."""
+"""The optimizers' groups and the learning rate, also across a restored checkpoint."""
 
 import math
 
@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from recipes.optimization import OptimizationConfig, decay_groups, learning_rate_factor
+import longnet_zoo as lz
+from recipes.optimization import (
+    OptimizationConfig,
+    decay_groups,
+    learning_rate_factor,
+    muon_groups,
+)
 from recipes.text_lm import TextLM
 from tests.recipes.text_runs import model_options
 
@@ -104,3 +110,47 @@ def test_restored_schedule_keeps_its_place_and_takes_the_new_settings():
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TextLM(model_options=model_options(), **options)
+
+
+def test_muon_takes_the_matrices_and_leaves_embedding_and_vectors_to_adamw():
+    model = lz.create_model("longnet_lm_tiny", **model_options())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = muon_groups(model, 0.1)
+    fallback = {names[id(p)] for group in groups if group["use_fallback"] for p in group["params"]}
+    muon = {names[id(p)] for group in groups if not group["use_fallback"] for p in group["params"]}
+    assert fallback | muon == set(names.values())
+    assert not fallback & muon
+    assert "embedding.weight" in fallback
+    assert all(dict(model.named_parameters())[name].ndim == 2 for name in muon)
+    assert all(name.endswith("weight") and "norm" not in name for name in muon)
+
+
+def test_muon_orthogonalizes_and_scales_adamw():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"linear": nn.Linear(8, 8), "embedding": nn.Embedding(8, 8)})
+    config = OptimizationConfig(
+        optimizer="muon", lr=0.1, muon_adamw_lr_scale=0.25, weight_decay=0.0, decay_steps=10
+    )
+    optimizer = config.build(model, run_steps=10)["optimizer"]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    update = before["linear.weight"] - model["linear"].weight
+    singular_values = torch.linalg.svdvals(update.detach())
+    assert singular_values.max() < 3 * singular_values.min()
+    # AdamW's first step is the learning rate in the direction of the sign.
+    change = (before["embedding.weight"] - model["embedding"].weight).abs()
+    torch.testing.assert_close(change, torch.full_like(change, 0.025), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "sgd"}, "optimizer must be 'adamw' or 'muon', got optimizer=sgd"),
+        ({"muon_adamw_lr_scale": 0.0}, "must be positive, got muon_adamw_lr_scale=0.0"),
+    ],
+)
+def test_unknown_optimizers_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizationConfig(**options)

@@ -108,8 +108,9 @@ def test_sigkill_mid_epoch_then_last_equals_an_unbroken_run(corpus, tmp_path):
         (3, 5, {"data__num_workers": 1, "model__decay": "cosine"}),
         # The context grows from 128 to 384 tokens over seven steps.
         (2, 5, {"data__seq_len": 384, "model__context_warmup": "{start: 128, steps: 7}"}),
+        (3, 7, {"model__optimizer": "muon"}),
     ],
-    ids=["at validation", "at the end of an epoch", "accumulation", "worker", "context warm-up"],
+    ids=["validation", "end of an epoch", "accumulation", "worker", "context warm-up", "muon"],
 )
 def test_resumed_run_equals_an_unbroken_one(corpus, tmp_path, monkeypatch, every, step, changes):
     fit(corpus, tmp_path / "whole", every=every, **changes)
