@@ -26,6 +26,7 @@ Position = Literal["xpos", "rotary", "alibi", "relative"]
 class DilatedAttention(nn.Module):
     """Multi-head dilated self-attention (LongNet, arXiv 2307.02486) with its projections.
 
+    Weights start at PyTorch's defaults; `TransformerStack` or `initialize_weights` sets the gains.
     The op is the attribute `attention_op`, with the signature of `dilated_attention`: replace it to
     run another schedule, e.g. over several processes.
 

@@ -21,7 +21,9 @@ Norm = Literal["sub_ln", "pre_ln", "deepnorm"]
 class TransformerBlock(nn.Module):
     """Joins an attention and a feed-forward module by norms and residual connections.
 
-    The inner norms of `"sub_ln"` belong to the two modules (their option `sub_ln`).
+    The inner norms of `"sub_ln"` belong to the two modules (their option `sub_ln`). The initial
+    gains and `residual_scale` depend on the depth: `TransformerStack` sets both. For blocks of your
+    own call `initialize_weights` with `residual_gain`, and pass what `residual_scale` returns.
 
     Args:
         attention: Module called with x and the keyword arguments of `forward`.

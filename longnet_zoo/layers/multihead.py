@@ -25,7 +25,8 @@ class MultiheadDilatedAttention(nn.Module):
     have the stock names, so the weights of a stock layer load. It has no positions of its own.
     What it cannot honour raises: cross-attention, and masks other than causal and padding ones.
     Attention weights are never formed, so they are returned as None even if asked for (asking is
-    the default of `nn.MultiheadAttention`).
+    the default of `nn.MultiheadAttention`). Masks are read to check them, which breaks a compiled
+    graph: for `torch.compile(fullgraph=True)` say `is_causal=True` and pass none.
 
     Args:
         embed_dim: Channels in and out, a multiple of `num_heads`.
@@ -112,7 +113,8 @@ class MultiheadDilatedAttention(nn.Module):
 
         Raises:
             NotImplementedError: If `key` or `value` is not `query`, or `attn_mask` not causal.
-            ValueError: If a shape does not fit, or a float padding mask holds other values.
+            ValueError: If a shape does not fit, a float padding mask holds other values, or a
+                nested `query` comes with a mask.
             TypeError: If a mask is neither bool nor float.
         """
         del need_weights, average_attn_weights
@@ -123,7 +125,8 @@ class MultiheadDilatedAttention(nn.Module):
                 f"and value {tuple(value.shape)}. Use nn.MultiheadAttention for cross-attention."
             )
         if query.is_nested:
-            return self._forward_nested(query), None
+            _refuse_masks(key_padding_mask=key_padding_mask, attn_mask=attn_mask)
+            return self._forward_nested(query, self.is_causal or is_causal), None
         if query.ndim == 2:
             mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
             batched = query.unsqueeze(0)
@@ -161,16 +164,25 @@ class MultiheadDilatedAttention(nn.Module):
         )
         return self.out_proj(rearrange(out, "b n h d -> b n (h d)"))
 
-    def _forward_nested(self, x: Tensor) -> Tensor:
+    def _forward_nested(self, x: Tensor, is_causal: bool) -> Tensor:
         # nn.TransformerEncoder makes a nested tensor of a padded batch in eval mode, if its layers
         # had stock attention when it was built.
         sequences = x.unbind()
         lengths = torch.tensor([len(sequence) for sequence in sequences], device=x.device)
         padded = torch.nested.to_padded_tensor(x, 0.0)
         is_padding = torch.arange(padded.shape[1], device=x.device) >= lengths[:, None]
-        out = self._attend(padded, is_padding, self.is_causal)
+        out = self._attend(padded, is_padding, is_causal)
         rows = [row[: len(sequence)] for row, sequence in zip(out, sequences, strict=True)]
         return torch.nested.as_nested_tensor(rows)
+
+
+def _refuse_masks(**masks: Tensor | None) -> None:
+    for name, mask in masks.items():
+        if mask is not None:
+            raise ValueError(
+                f"A nested query takes neither key_padding_mask nor attn_mask, got {name}. Its "
+                "lengths say what is padding; is_causal=True hides later keys."
+            )
 
 
 def _check_causal_mask(attn_mask: Tensor | None, seq_len: int) -> None:

@@ -275,6 +275,11 @@ class TextModel(nn.Module):
             raise ValueError(
                 "this model has no token embedding (vocab_size=None). Pass inputs_embeds."
             )
+        if not isinstance(tokens, Tensor):
+            raise TypeError(
+                f"tokens must be a tensor (batch, seq_len), got {type(tokens).__name__}. "
+                "Use torch.tensor(tokens)."
+            )
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(
                 f"tokens must be int64 or int32, got {tokens.dtype}. Convert them with .long()."

@@ -10,7 +10,7 @@ from torch import Tensor
 from .kernels import BACKENDS
 from .pattern import DilatedPattern
 
-__all__ = ["check_arguments"]
+__all__ = ["check_arguments", "check_numbers"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -49,6 +49,16 @@ def check_arguments(
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}.")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
+
+
+def check_numbers(**options: object) -> None:
+    """Checks that options are None or plain numbers; a tensor would lose its gradient unseen."""
+    for name, value in options.items():
+        if isinstance(value, (Tensor, str)):
+            raise TypeError(
+                f"{name} must be a number, got {type(value).__name__}. To learn it, multiply q by "
+                "a parameter."
+            )
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

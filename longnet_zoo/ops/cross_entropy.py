@@ -93,6 +93,8 @@ def _check_arguments(
             "features must be (..., embed_dim) and weight (vocab_size, embed_dim), got "
             f"{tuple(features.shape)} and {tuple(weight.shape)}."
         )
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be an int64 tensor, got {type(labels).__name__}.")
     if labels.shape != features.shape[:-1]:
         raise ValueError(
             "labels must have the shape of features without embed_dim, "
@@ -118,7 +120,8 @@ def _check_arguments(
 
 def _autocast(x: Tensor) -> Tensor:
     device_type = x.device.type
-    is_cast = x.is_floating_point() and x.dtype != torch.float64
+    # Meta tensors know no autocast; asking raises.
+    is_cast = x.is_floating_point() and x.dtype != torch.float64 and not x.is_meta
     if is_cast and torch.is_autocast_enabled(device_type):
         return x.to(torch.get_autocast_dtype(device_type))
     return x
@@ -162,24 +165,26 @@ def _backward(
     """Returns the gradients of features, weight and bias; an empty tensor if not needed."""
     sum_dtype = lse.dtype
     features_grad, weight_grad, bias_grad = _gradients(features, weight, bias, needs_grad)
-    for rows in _labelled_chunks(labels, ignore_index, chunk_size, weight.shape[0]):
-        chunk = features[rows]
-        logits = _logits(chunk, weight, bias)
-        row_grad = losses_grad[rows].masked_fill(labels[rows] == ignore_index, 0.0)
-        # The gradient of the logits is (softmax - one_hot) * row_grad, in place again.
-        logits_grad = logits.sub_(lse[rows][:, None]).exp_().mul_(row_grad[:, None])
-        logits_grad.scatter_add_(1, _classes(labels[rows], ignore_index), -row_grad[:, None])
-        if needs_grad[2]:
-            bias_grad += logits_grad.sum(dim=0)
-        logits_grad = logits_grad.to(features.dtype)
-        if needs_grad[0]:
-            features_grad[rows] = logits_grad @ weight
-        if needs_grad[1] and sum_dtype == features.dtype:
-            weight_grad.addmm_(logits_grad.t(), chunk)
-        elif needs_grad[1]:
-            # Sums over chunks stay float32 for half types.
-            weight_grad += logits_grad.t() @ chunk
-        del logits, logits_grad  # Not beside the logits of the next chunk.
+    # Autocast is over: a backward inside it would make other logits than the forward did.
+    with torch.autocast(features.device.type, enabled=False):
+        for rows in _labelled_chunks(labels, ignore_index, chunk_size, weight.shape[0]):
+            chunk = features[rows]
+            logits = _logits(chunk, weight, bias)
+            row_grad = losses_grad[rows].masked_fill(labels[rows] == ignore_index, 0.0)
+            # The gradient of the logits is (softmax - one_hot) * row_grad, in place again.
+            logits_grad = logits.sub_(lse[rows][:, None]).exp_().mul_(row_grad[:, None])
+            logits_grad.scatter_add_(1, _classes(labels[rows], ignore_index), -row_grad[:, None])
+            if needs_grad[2]:
+                bias_grad += logits_grad.sum(dim=0)
+            logits_grad = logits_grad.to(features.dtype)
+            if needs_grad[0]:
+                features_grad[rows] = logits_grad @ weight
+            if needs_grad[1] and sum_dtype == features.dtype:
+                weight_grad.addmm_(logits_grad.t(), chunk)
+            elif needs_grad[1]:
+                # Sums over chunks stay float32 for half types.
+                weight_grad += logits_grad.t() @ chunk
+            del logits, logits_grad  # Not beside the logits of the next chunk.
     dtype = features.dtype
     return features_grad, weight_grad.to(dtype), bias_grad.to(dtype)
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import check_arguments
+from .arguments import check_arguments, check_numbers
 from .joint_softmax import JointSoftmax
 from .kernels import Call, choose_kernel
 from .pattern import DilatedPattern, HeadOffset, PaddedKeys
@@ -51,7 +51,8 @@ def dilated_attention(
     """Attends long sequences by a dilated pattern.
 
     A row that no branch covers (possible only without a branch of rate 1), or whose keys are all
-    padding, gives zeros and an LSE of -inf.
+    padding, gives zeros and an LSE of -inf. Gradients are by `backward` and of first order only:
+    torch.func.grad and a second derivative raise.
 
     Args:
         q: Queries, (batch, seq_len, num_heads, head_dim); float16, bfloat16, float32 or float64.
@@ -73,7 +74,8 @@ def dilated_attention(
         cu_seqlens: int32, (num_sequences + 1,), rising from 0 to seq_len, with batch 1: sequences
             packed in one row, each attended by itself, its segments starting at its start.
         dropout_p: Probability of dropping an attention weight, in [0, 1).
-        backend: `"auto"`, or a name of `ops.kernels.BACKENDS`.
+        backend: `"auto"`, or a name of `ops.kernels.BACKENDS`. A gradient that flows in through
+            the LSE is always computed by `"math"`.
         return_lse: Whether to return the log-sum-exp as well.
 
     Returns:
@@ -90,6 +92,7 @@ def dilated_attention(
         >>> out = dilated_attention(q, k, v, DilatedPattern.geometric(512, 4096), is_causal=True)
     """
     check_arguments(q, k, v, pattern, bias, key_padding_mask, cu_seqlens, dropout_p, backend)
+    check_numbers(scale=scale, xpos_scale_base=xpos_scale_base)
     seq_len, head_dim = q.shape[1], q.shape[3]
     span = min(pattern.segment_lengths[-1], seq_len)
     if xpos_scale_base is not None:
@@ -133,6 +136,11 @@ def _distance_table(bias: DistanceBias, span: int, q: Tensor) -> Tensor:
         raise ValueError(
             "bias must map distances (m,) to logits (num_heads, m), got "
             f"{tuple(table.shape)} for num_heads={q.shape[2]} and m={2 * span - 1}."
+        )
+    if not table.is_floating_point():
+        raise TypeError(
+            f"bias must return floating point, added to the logits, got {table.dtype}. "
+            "To hide keys return -inf."
         )
     if table.device != q.device:
         raise ValueError(

@@ -74,7 +74,7 @@ class JointSoftmax:
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Returns out (b, n, h, d) in the dtype of q and lse (b, n, h) in float32 or float64."""
         out, lse = self._sums(q), self._sums(q[..., 0], fill=float("-inf"))
-        q, k, v = self._without_hidden(q, k, v)
+        q, k, v = self._laid_out(*self._without_hidden(q, k, v))
         q, k = self._decay_all(q, k)
         for piece in self._pieces([q, out, lse], [k, v]):
             q_rows, out_rows, lse_rows, k_rows, v_rows = piece.views
@@ -114,7 +114,7 @@ class JointSoftmax:
         # A row that saw nothing has no weights: exp(logits - inf) = 0.
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
         grads = [self._sums(x) for x in (q, k, v)]
-        q, k, v, out_grad = self._without_hidden(q, k, v, out_grad)
+        q, k, v, out_grad = self._laid_out(*self._without_hidden(q, k, v, out_grad))
         q, k = self._decay_all(q, k)
         bias = self.dense_bias if self.dense_bias is not None else self.distance_bias
         bias_grad = None
@@ -122,7 +122,7 @@ class JointSoftmax:
             bias_grad = torch.zeros(bias.shape, dtype=_sum_dtype(v), device=v.device)
         queries = [q, out_grad, out, lse, grads[0]]
         if lse_grad is not None:
-            queries.append(lse_grad)
+            queries += self._laid_out(lse_grad)
         for piece in self._pieces(queries, [k, v, grads[1], grads[2]], bias_grad):
             q_rows, out_grad_rows, out_rows, lse_rows, q_sum, *rest = piece.views
             lse_grad_rows = rest.pop(0) if lse_grad is not None else None
@@ -234,6 +234,14 @@ class JointSoftmax:
         if self.is_hidden is None:
             return list(tensors)
         return [x.masked_fill(self.is_hidden[:, :, None, None], 0.0) for x in tensors]
+
+    def _laid_out(self, *tensors: Tensor) -> list[Tensor]:
+        """Makes tensors contiguous if there is dropout.
+
+        Strides decide how a block is cut into calls, and each call draws its own dropout: the
+        backward must cut as the forward did, whatever the strides of its gradient.
+        """
+        return [x.contiguous() for x in tensors] if self.dropout_p else list(tensors)
 
     def _decay_all(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Multiplies by the xPos factors of the longest segment, if the shorter ones nest in it."""

@@ -135,7 +135,13 @@ class DilatedPattern:
         return tuple(head // heads_per_offset for head in range(num_heads))
 
     def attended_pairs(self, seq_len: int, num_heads: int, *, is_causal: bool = False) -> int:
-        """Counts the (query, key) pairs of all heads and branches; zero keys are not counted."""
+        """Counts the (query, key) pairs of all heads and branches; zero keys are not counted.
+
+        Raises:
+            ValueError: If `seq_len` is below 1.
+        """
+        if seq_len < 1:
+            raise ValueError(f"seq_len must be at least 1, got {seq_len}.")
         pairs = 0
         for branch, (segment_length, rate) in enumerate(self.branches):
             length = min(segment_length, seq_len)

@@ -69,8 +69,14 @@ def load_state_dict(
         source: What to call the state dict in an error.
 
     Raises:
-        ValueError: If keys are missing, unexpected or of another shape; the message has all.
+        ValueError: If keys are missing, unexpected or of another shape, or a value is no tensor;
+            the message has all.
     """
+    others = sorted(str(key) for key, x in state_dict.items() if not isinstance(x, Tensor))
+    if others:
+        raise ValueError(
+            f"{source} must map names to tensors, got something else at {', '.join(others)}."
+        )
     wanted = model.state_dict()
     missing = sorted(wanted.keys() - state_dict.keys())
     unexpected = sorted(state_dict.keys() - wanted.keys())

@@ -156,8 +156,19 @@ def test_nested_batch_equals_one_by_one():
     module = make()
     parts = [torch.randn(length, 24) for length in (17, 4)]
     nested = torch.nested.as_nested_tensor(parts)
-    for part, out in zip(parts, module(nested, nested, nested)[0].unbind(), strict=True):
-        torch.testing.assert_close(out, module(part, part, part)[0], atol=1e-6, rtol=1e-5)
+    for is_causal in (False, True):
+        outputs = module(nested, nested, nested, is_causal=is_causal)[0].unbind()
+        for part, out in zip(parts, outputs, strict=True):
+            expected = module(part, part, part, is_causal=is_causal)[0]
+            torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("name", ["key_padding_mask", "attn_mask"])
+def test_nested_batch_with_a_mask_is_refused(name):
+    nested = torch.nested.as_nested_tensor([torch.randn(7, 24), torch.randn(4, 24)])
+    with pytest.raises(ValueError, match=f"neither key_padding_mask nor attn_mask, got {name}"):
+        make()(nested, nested, nested, **{name: torch.zeros(7, 7)})
 
 
 def test_stock_decoder_layer_calls_us():

@@ -167,6 +167,8 @@ def test_relative_table_has_no_weight_decay():
             ValueError,
             "either tokens or inputs_embeds, got both",
         ),
+        (lambda m: m(TOKENS.tolist()), TypeError, r"tokens must be a tensor .*, got list"),
+        (lambda m: m.loss(TOKENS, TOKENS.tolist()), TypeError, "int64 tensor, got list"),
         (lambda m: m(TOKENS.float()), TypeError, r"int64 or int32, got torch\.float32"),
         (lambda m: m(TOKENS > 0), TypeError, r"int64 or int32, got torch\.bool"),
         (lambda m: m(TOKENS[0]), ValueError, r"tokens must be \(batch, seq_len\).*got \(20,\)"),

@@ -157,6 +157,27 @@ def test_autocast_runs_the_products_in_half():
     assert features.grad.dtype == weight.grad.dtype == torch.float32
 
 
+def test_autocast_around_the_backward_changes_nothing():
+    features, weight, bias, labels = make_inputs(torch.float32)
+    loss = linear_cross_entropy(features, weight, labels, bias=bias, chunk_size=4)
+    expected = torch.autograd.grad(loss, (features, weight, bias), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        grads = torch.autograd.grad(loss, (features, weight, bias))
+    for grad, value in zip(grads, expected, strict=True):
+        assert torch.equal(grad, value)
+
+
+def test_meta_tensors_give_shapes_and_take_no_memory():
+    features = torch.empty(2, 6, 4, device="meta", requires_grad=True)
+    weight = torch.empty(5, 4, device="meta", requires_grad=True)
+    labels = torch.empty(2, 6, device="meta", dtype=torch.int64)
+    loss = linear_cross_entropy(features, weight, labels)
+    loss.backward()
+    assert loss.shape == ()
+    assert features.grad.shape == features.shape
+    assert weight.grad.shape == weight.shape
+
+
 def test_compiles_to_the_eager_result():
     features, weight, bias, labels = make_inputs(torch.float32)
     leaves = (features, weight, bias)
@@ -272,6 +293,7 @@ def test_default_chunk_of_a_large_vocabulary():
         ({"weight": torch.zeros(5, 3)}, ValueError, r"\(2, 6, 4\) and \(5, 3\)"),
         ({"weight": torch.zeros(5)}, ValueError, r"\(2, 6, 4\) and \(5,\)"),
         ({"labels": torch.zeros(2, 5).long()}, ValueError, r"\(2, 6\), got \(2, 5\)"),
+        ({"labels": [[0] * 6] * 2}, TypeError, "labels must be an int64 tensor, got list"),
         ({"labels": torch.zeros(2, 6)}, TypeError, r"int64, got torch\.float32"),
         ({"bias": torch.zeros(4)}, ValueError, r"\(vocab_size,\) = \(5,\), got \(4,\)"),
         ({"bias": torch.zeros(5).half()}, TypeError, r"float32, torch\.float32, torch\.float16"),

@@ -167,6 +167,25 @@ def test_the_gradient_is_that_of_the_forward(mask, bias, is_causal):
     assert torch.autograd.gradcheck(call, (*qkv, *extra), fast_mode=True)
 
 
+@pytest.mark.parametrize("mask", ["none", "left"])
+def test_strides_of_the_gradient_do_not_matter(mask):
+    """As when the output was cut out of or padded into a longer sequence."""
+    inputs = [x.requires_grad_() for x in draw(batch=2, seq_len=16)]
+    padding = torch.arange(16).expand(2, -1) < 3 if mask == "left" else None
+    pattern = DilatedPattern(segment_lengths=(4, 8), dilation_rates=(1, 2))
+    torch.manual_seed(5)
+    outputs = dilated_attention(
+        *inputs, pattern, dropout_p=0.4, key_padding_mask=padding, return_lse=True
+    )
+    factors = [torch.randn(2, 20, *x.shape[2:], dtype=x.dtype)[:, :16] for x in outputs]
+    grads = [
+        torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True)
+        for cotangents in (factors, [x.contiguous() for x in factors])
+    ]
+    for strided, contiguous in zip(*grads, strict=True):
+        assert torch.equal(strided, contiguous)
+
+
 def test_dropout_keeps_padding_out():
     q, k, v = draw(batch=2)
     mask = torch.arange(11) >= torch.tensor([[11], [4]])

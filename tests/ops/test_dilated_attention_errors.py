@@ -198,6 +198,21 @@ def test_a_function_of_distances_that_returns_something_else():
         attend(bias=lambda distances: None)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_a_function_of_distances_that_returns_no_logits(dtype):
+    with pytest.raises(TypeError, match=f"bias must return floating point.*{dtype}"):
+        attend(bias=lambda distances: torch.zeros(4, len(distances), dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["scale", "xpos_scale_base"])
+@pytest.mark.parametrize(
+    ("value", "kind"), [(torch.tensor(0.5, requires_grad=True), "Tensor"), ("0.5", "str")]
+)
+def test_factors_that_are_no_numbers(name, value, kind):
+    with pytest.raises(TypeError, match=f"{name} must be a number, got {kind}"):
+        attend(**{name: value})
+
+
 @pytest.mark.parametrize("scale_base", [0.0, -512.0, float("nan")])
 def test_an_xpos_base_that_is_not_positive(scale_base):
     with pytest.raises(
@@ -227,6 +242,7 @@ def test_xpos_that_would_overflow(dtype, scale_base, is_causal):
     pattern = DilatedPattern(segment_lengths=(64, 1200), dilation_rates=(1, 40))
     with pytest.raises(ValueError, match=f"scale_base={scale_base} overflows {dtype}") as caught:
         dilated_attention(x, x, x, pattern, is_causal=is_causal, xpos_scale_base=scale_base)
+    assert ("or bfloat16" in str(caught.value)) == (dtype == torch.float16)
     cure = int(str(caught.value).rsplit("Use scale_base=", 1)[1].split()[0])
     out = dilated_attention(x, x, x, pattern, is_causal=is_causal, xpos_scale_base=cure)
     assert out.isfinite().all()

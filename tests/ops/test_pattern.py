@@ -20,6 +20,13 @@ def test_offsets_follow_paper_or_torchscale():
     assert DilatedPattern(**branches).offsets(0, 3) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("seq_len", [0, -3])
+def test_an_empty_sequence_has_no_pairs_to_count(seq_len):
+    pattern = DilatedPattern(segment_lengths=(8,), dilation_rates=(1,))
+    with pytest.raises(ValueError, match=f"seq_len must be at least 1, got {seq_len}"):
+        pattern.flops(seq_len, 4, 16)
+
+
 def test_mask_counts_by_hand():
     # One head, segments of 4 at rate 1 and 6 at rate 2: even places of segment 0..5 are added.
     pattern = DilatedPattern(segment_lengths=(4, 6), dilation_rates=(1, 2))

@@ -87,3 +87,8 @@ def test_strict_loading_copies_every_tensor():
     load_state_dict(model, saved)
     assert torch.equal(model.weight, saved["weight"])
     assert model.weight.data_ptr() != saved["weight"].data_ptr()
+
+
+def test_state_dict_of_something_else_is_refused():
+    with pytest.raises(ValueError, match=r"my dict must map names to tensors, .* at bias, epoch"):
+        load_state_dict(nn.Linear(3, 2), state() | {"bias": 1.0, "epoch": 3}, source="my dict")
