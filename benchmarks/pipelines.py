@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longnet_zoo.ops import DilatedPattern
 from longnet_zoo.ops.kernels import sdpa
+from longnet_zoo.ops.kernels.call import BlockOptions
 
 __all__ = ["bare_kernel_calls", "usual_pipeline"]
 
@@ -26,28 +27,15 @@ class _KernelWithLse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        scale = q.shape[-1] ** -0.5
-        out, lse = sdpa.forward(q, k, v, scale=scale, is_causal=True, bias=None, dropout=None)
+        ctx.options = BlockOptions(scale=q.shape[-1] ** -0.5, is_causal=True)
+        out, lse = sdpa.forward(q, k, v, ctx.options)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, out_grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, out, lse = ctx.saved_tensors
-        return sdpa.backward(
-            out_grad,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            scale=q.shape[-1] ** -0.5,
-            is_causal=True,
-            bias=None,
-            dropout=None,
-            lse_grad=None,
-        )
+        return sdpa.backward(out_grad, *ctx.saved_tensors, ctx.options)
 
 
 def usual_pipeline(q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern) -> Tensor:
@@ -99,15 +87,15 @@ def bare_kernel_calls(
         tensors = [torch.randn(shape, dtype=q.dtype, device=q.device) for _ in range(5)]
         lse = torch.full(shape[:3], 10.0, device=q.device)
         blocks.append([x.transpose(1, 2) for x in (*tensors, lse)])
-    options = {"scale": head_dim**-0.5, "is_causal": True, "bias": None, "dropout": None}
+    options = BlockOptions(scale=head_dim**-0.5, is_causal=True)
 
     def forward() -> None:
         for out_grad, q_rows, k_rows, v_rows, *_ in blocks:
             del out_grad
-            sdpa.forward(q_rows, k_rows, v_rows, **options)
+            sdpa.forward(q_rows, k_rows, v_rows, options)
 
     def backward() -> None:
         for block in blocks:
-            sdpa.backward(*block, lse_grad=None, **options)
+            sdpa.backward(*block, options)
 
     return forward, backward

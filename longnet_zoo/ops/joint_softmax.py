@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .kernels.bias import LogitBias
-from .kernels.call import Dropout
+from .kernels.call import BlockOptions, Dropout
 from .merge import add_zero_keys_, merge_
 from .pattern import DilatedPattern
 from .positions import xpos_zeta
@@ -32,12 +32,11 @@ __all__ = ["JointSoftmax"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """One kernel call: the block it belongs to, views of its rows, and what is added."""
+    """One kernel call: the block it belongs to, views of its rows, and how to attend them."""
 
     block: Block
     views: list[Tensor]
-    bias: LogitBias | None
-    dropout: Dropout | None
+    options: BlockOptions
     is_first: bool  # no earlier piece covers these rows
 
 
@@ -79,15 +78,7 @@ class JointSoftmax:
         for piece in self._pieces([q, out, lse], [k, v]):
             q_rows, out_rows, lse_rows, k_rows, v_rows = piece.views
             q_rows, k_rows = self._decay_block(q_rows, k_rows, piece.block)
-            new_out, new_lse = self.kernel.forward(
-                q_rows,
-                k_rows,
-                v_rows,
-                scale=self.scale,
-                is_causal=self.is_causal,
-                bias=piece.bias,
-                dropout=piece.dropout,
-            )
+            new_out, new_lse = self.kernel.forward(q_rows, k_rows, v_rows, piece.options)
             if piece.block.num_zero_keys:
                 add_zero_keys_(new_out, new_lse, piece.block.num_zero_keys)
             if piece.is_first:
@@ -135,11 +126,8 @@ class JointSoftmax:
                 v_rows,
                 out_rows,
                 lse_rows,
-                scale=self.scale,
-                is_causal=self.is_causal,
-                bias=piece.bias,
-                dropout=piece.dropout,
-                lse_grad=lse_grad_rows,
+                piece.options,
+                lse_grad_rows,
             )
             q_grad, k_grad = self._decay_block(q_grad, k_grad, piece.block)
             _add(q_sum, q_grad, is_first=piece.is_first)
@@ -167,15 +155,15 @@ class JointSoftmax:
                 views = [view_rows(group.select(x), block) for x in query_tensors]
                 views += [view_rows(group.select(x), block, is_kv=True) for x in kv_tensors]
                 is_first = block.branch == covering and block.row_step == 1
-                for part in self._parts(views, group, block, bias_grad):
+                for part, bias in self._parts(views, group, block, bias_grad):
                     dropout = Dropout(probability=self.dropout_p, seed=(self.seed, next(calls)))
-                    yield _Piece(
-                        block=block,
-                        views=part[0],
-                        bias=part[1],
+                    options = BlockOptions(
+                        scale=self.scale,
+                        is_causal=self.is_causal,
+                        bias=bias,
                         dropout=dropout if self.dropout_p else None,
-                        is_first=is_first,
                     )
+                    yield _Piece(block=block, views=part, options=options, is_first=is_first)
 
     def _parts(
         self, views: list[Tensor], group: SequenceGroup, block: Block, bias_grad: Tensor | None

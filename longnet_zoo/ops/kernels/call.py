@@ -1,4 +1,4 @@
-"""What a kernel is asked for, so that it can say beforehand whether it serves."""
+"""What a kernel is asked for: before the call, so that it can refuse, and in the call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Call", "Dropout"]
+from .bias import LogitBias
+
+__all__ = ["BlockOptions", "Call", "Dropout"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +63,20 @@ class Dropout:
         kept = 1.0 - self.probability
         draws = torch.rand(shape, generator=generator, device=device)
         return (draws < kept) / kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockOptions:
+    """How a block is attended.
+
+    Attributes:
+        scale: Factor on the dot products.
+        is_causal: Whether row i sees the keys up to i only.
+        bias: What is added to the logits.
+        dropout: Attention dropout.
+    """
+
+    scale: float
+    is_causal: bool
+    bias: LogitBias | None = None
+    dropout: Dropout | None = None

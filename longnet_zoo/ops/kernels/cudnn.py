@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bias import LogitBias
-from .call import Call, Dropout
+from .call import BlockOptions, Call
 
 __all__ = ["NAME", "backward", "forward", "supports"]
 
@@ -31,20 +30,11 @@ def supports(call: Call) -> str | None:
     return call.beyond_fused()
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    is_causal: bool,
-    bias: LogitBias | None,
-    dropout: Dropout | None,
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, options: BlockOptions) -> tuple[Tensor, Tensor]:
     """Attends one block: out (b, t, u, d) in the dtype of q, lse (b, t, u) in float32."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, is_causal, scale=scale
+        q, k, v, None, True, 0.0, options.is_causal, scale=options.scale
     )
     return out.transpose(1, 2), lse.reshape(q.shape[:3]).transpose(1, 2)
 
@@ -56,12 +46,8 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    *,
-    scale: float,
-    is_causal: bool,
-    bias: LogitBias | None,
-    dropout: Dropout | None,
-    lse_grad: Tensor | None,
+    options: BlockOptions,
+    lse_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a block, given the out and LSE of the whole softmax it is a part of."""
     rng_state = torch.zeros((), dtype=torch.int64, device=q.device)  # read only by dropout
@@ -76,8 +62,8 @@ def backward(
         q.shape[1],
         k.shape[1],
         0.0,
-        is_causal,
-        scale=scale,
+        options.is_causal,
+        scale=options.scale,
     )
     q_grad, k_grad, v_grad = (grad.transpose(1, 2) for grad in grads)
     return q_grad, k_grad, v_grad

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .bias import LogitBias
-from .call import Call, Dropout
+from .call import BlockOptions, Call
 
 __all__ = ["NAME", "backward", "forward", "supports"]
 
@@ -32,20 +31,11 @@ def supports(call: Call) -> str | None:
     return call.beyond_fused()
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    is_causal: bool,
-    bias: LogitBias | None,
-    dropout: Dropout | None,
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, options: BlockOptions) -> tuple[Tensor, Tensor]:
     """Attends one block: out (b, t, u, d) in the dtype of q, lse (b, t, u) in float32."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     out, lse, *_ = _aten._scaled_dot_product_efficient_attention(
-        q, k, v, None, True, 0.0, is_causal, scale=scale
+        q, k, v, None, True, 0.0, options.is_causal, scale=options.scale
     )
     return out.transpose(1, 2), lse[:, :, : q.shape[2]].transpose(1, 2)
 
@@ -57,12 +47,8 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    *,
-    scale: float,
-    is_causal: bool,
-    bias: LogitBias | None,
-    dropout: Dropout | None,
-    lse_grad: Tensor | None,
+    options: BlockOptions,
+    lse_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a block, given the out and LSE of the whole softmax it is a part of."""
     # The kernel reads LSEs in aligned rows; +inf gives the padding no weight.
@@ -77,8 +63,8 @@ def backward(
         rng_state,
         0.0,
         [True, True, True, False],
-        is_causal,
-        scale=scale,
+        options.is_causal,
+        scale=options.scale,
     )
     q_grad, k_grad, v_grad = (grad.transpose(1, 2) for grad in grads[:3])
     return q_grad, k_grad, v_grad

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .bias import LogitBias
-from .call import Call, Dropout
+from .call import BlockOptions, Call
 
 __all__ = ["NAME", "backward", "forward", "supports"]
 
@@ -29,25 +28,16 @@ def supports(call: Call) -> str | None:
     return None
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    is_causal: bool,
-    bias: LogitBias | None,
-    dropout: Dropout | None,
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, options: BlockOptions) -> tuple[Tensor, Tensor]:
     """Attends one block: out (b, t, u, d), dtype of q, and lse (b, t, u), at least float32."""
     q, k, v, dtype = *_computed(q, k, v), q.dtype
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
-    for start, stop, num_keys in _chunks(q, is_causal):
-        logits = _logits(q, k, start, stop, num_keys, scale, is_causal, bias)
+    for start, stop, num_keys in _chunks(q, options.is_causal):
+        logits = _logits(q, k, start, stop, num_keys, options)
         chunk_lse = logits.logsumexp(-1, keepdim=True)
         weights = _weights(logits, chunk_lse)
-        if dropout is not None:
-            weights *= dropout.factors(weights.shape, start, weights.device)
+        if options.dropout is not None:
+            weights *= options.dropout.factors(weights.shape, start, weights.device)
         out[:, start:stop] = torch.einsum("buqk,bkud->bqud", weights, v[:, :num_keys])
         lse[:, start:stop] = chunk_lse.squeeze(-1).transpose(1, 2)
     return out.to(dtype), lse
@@ -60,12 +50,8 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    *,
-    scale: float,
-    is_causal: bool,
-    bias: LogitBias | None,
-    dropout: Dropout | None,
-    lse_grad: Tensor | None,
+    options: BlockOptions,
+    lse_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a block, given the out and LSE of the whole softmax it is a part of.
 
@@ -78,21 +64,21 @@ def backward(
     if lse_grad is not None:
         delta = delta - lse_grad
     q_grad, k_grad, v_grad = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for start, stop, num_keys in _chunks(q, is_causal):
-        logits = _logits(q, k, start, stop, num_keys, scale, is_causal, bias)
+    for start, stop, num_keys in _chunks(q, options.is_causal):
+        logits = _logits(q, k, start, stop, num_keys, options)
         weights = _weights(logits, lse[:, start:stop].transpose(1, 2).unsqueeze(-1))
         chunk_grad = out_grad[:, start:stop]
         weights_grad = torch.einsum("bqud,bkud->buqk", chunk_grad, v[:, :num_keys])
         dropped = weights
-        if dropout is not None:
-            factors = dropout.factors(weights.shape, start, weights.device)
+        if options.dropout is not None:
+            factors = options.dropout.factors(weights.shape, start, weights.device)
             weights_grad, dropped = weights_grad * factors, weights * factors
         v_grad[:, :num_keys] += torch.einsum("buqk,bqud->bkud", dropped, chunk_grad)
         chunk_delta = delta[:, start:stop].transpose(1, 2).unsqueeze(-1)
         logits_grad = weights_grad.sub_(chunk_delta).mul_(weights)
-        if bias is not None:
-            bias.add_grad(logits_grad, start)
-        logits_grad *= scale
+        if options.bias is not None:
+            options.bias.add_grad(logits_grad, start)
+        logits_grad *= options.scale
         q_grad[:, start:stop] = torch.einsum("buqk,bkud->bqud", logits_grad, k[:, :num_keys])
         k_grad[:, :num_keys] += torch.einsum("buqk,bqud->bkud", logits_grad, q[:, start:stop])
     return q_grad.to(dtype), k_grad.to(dtype), v_grad.to(dtype)
@@ -113,19 +99,12 @@ def _chunks(q: Tensor, is_causal: bool) -> Iterator[tuple[int, int, int]]:
 
 
 def _logits(
-    q: Tensor,
-    k: Tensor,
-    start: int,
-    stop: int,
-    num_keys: int,
-    scale: float,
-    is_causal: bool,
-    bias: LogitBias | None,
+    q: Tensor, k: Tensor, start: int, stop: int, num_keys: int, options: BlockOptions
 ) -> Tensor:
-    logits = torch.einsum("bqud,bkud->buqk", q[:, start:stop] * scale, k[:, :num_keys])
-    if bias is not None:
-        bias.add_to(logits, start)
-    if is_causal:
+    logits = torch.einsum("bqud,bkud->buqk", q[:, start:stop] * options.scale, k[:, :num_keys])
+    if options.bias is not None:
+        options.bias.add_to(logits, start)
+    if options.is_causal:
         rows = torch.arange(start, stop, device=q.device)
         is_future = torch.arange(num_keys, device=q.device) > rows[:, None]
         logits.masked_fill_(is_future, float("-inf"))

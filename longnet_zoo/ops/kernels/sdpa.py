@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bias import LogitBias
-from .call import Call, Dropout
+from .call import BlockOptions, Call
 
 __all__ = ["NAME", "backward", "forward", "supports"]
 
@@ -36,23 +35,14 @@ def supports(call: Call) -> str | None:
     return call.beyond_fused()
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    is_causal: bool,
-    bias: LogitBias | None,
-    dropout: Dropout | None,
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, options: BlockOptions) -> tuple[Tensor, Tensor]:
     """Attends one block: out (b, t, u, d), dtype of q, and lse (b, t, u), at least float32."""
     attend = (
         _aten._scaled_dot_product_flash_attention
         if q.is_cuda
         else _aten._scaled_dot_product_flash_attention_for_cpu
     )
-    out, lse, *_ = attend(*_transposed(q, k, v), 0.0, is_causal, scale=scale)
+    out, lse, *_ = attend(*_transposed(q, k, v), 0.0, options.is_causal, scale=options.scale)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
@@ -63,12 +53,8 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    *,
-    scale: float,
-    is_causal: bool,
-    bias: LogitBias | None,
-    dropout: Dropout | None,
-    lse_grad: Tensor | None,
+    options: BlockOptions,
+    lse_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a block, given the out and LSE of the whole softmax it is a part of."""
     saved = (*_transposed(out_grad, q, k, v, out), lse.transpose(1, 2))
@@ -82,14 +68,14 @@ def backward(
             q.shape[1],
             k.shape[1],
             0.0,
-            is_causal,
+            options.is_causal,
             rng_state,
             rng_state,
-            scale=scale,
+            scale=options.scale,
         )
     else:
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *saved, 0.0, is_causal, scale=scale
+            *saved, 0.0, options.is_causal, scale=options.scale
         )
     q_grad, k_grad, v_grad = _transposed(*grads)
     return q_grad, k_grad, v_grad

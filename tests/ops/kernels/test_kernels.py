@@ -3,9 +3,9 @@ import torch
 
 from longnet_zoo.ops.kernels import Call, choose_kernel, cudnn, efficient, math, sdpa
 from longnet_zoo.ops.kernels.bias import LogitBias
-from longnet_zoo.ops.kernels.call import Dropout
+from longnet_zoo.ops.kernels.call import BlockOptions, Dropout
 
-OPTIONS = {"scale": 0.3, "bias": None, "dropout": None}
+SCALE = 0.3
 
 
 def cpu_call(**changes):
@@ -19,7 +19,7 @@ def rows(dtype=torch.float64, requires_grad=False):
 
 def joint_softmax(q, k, v, is_causal):
     """Out and LSE by plain autograd, with one more key of logit 0.5 and value 0."""
-    logits = torch.einsum("bqud,bkud->buqk", q, k) * OPTIONS["scale"]
+    logits = torch.einsum("bqud,bkud->buqk", q, k) * SCALE
     if is_causal:
         logits = logits.masked_fill(torch.ones(13, 13, dtype=torch.bool).triu(1), -torch.inf)
     logits = torch.cat([logits, torch.full_like(logits[..., :1], 0.5)], -1)
@@ -35,26 +35,28 @@ def test_backward_takes_out_and_lse_of_a_larger_softmax(kernel, is_causal):
     out_grad = torch.randn_like(out)
     expected = torch.autograd.grad(out, (q, k, v), out_grad, retain_graph=True)
     tensors = [x.detach() for x in (out_grad, q, k, v, out, lse)]
-    grads = kernel.backward(*tensors, is_causal=is_causal, lse_grad=None, **OPTIONS)
+    grads = kernel.backward(*tensors, BlockOptions(scale=SCALE, is_causal=is_causal))
     torch.testing.assert_close(grads, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_kernels_agree_on_strided_rows(is_causal):
     q, k, v = (x[:, ::2, 1:] for x in rows())
-    expected = math.forward(q, k, v, is_causal=is_causal, **OPTIONS)
-    found = sdpa.forward(q, k, v, is_causal=is_causal, **OPTIONS)
+    options = BlockOptions(scale=SCALE, is_causal=is_causal)
+    expected = math.forward(q, k, v, options)
+    found = sdpa.forward(q, k, v, options)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_math_in_chunks_equals_one_chunk(monkeypatch):
     q, k, v = rows()
-    whole = math.forward(q, k, v, is_causal=True, **OPTIONS)
-    grads = math.backward(q, q, k, v, *whole, is_causal=True, lse_grad=None, **OPTIONS)
+    options = BlockOptions(scale=SCALE, is_causal=True)
+    whole = math.forward(q, k, v, options)
+    grads = math.backward(q, q, k, v, *whole, options)
     monkeypatch.setattr(math, "_MIN_ROWS", 3)
     monkeypatch.setattr(math, "_MAX_LOGITS", 1)
-    torch.testing.assert_close(math.forward(q, k, v, is_causal=True, **OPTIONS), whole)
-    again = math.backward(q, q, k, v, *whole, is_causal=True, lse_grad=None, **OPTIONS)
+    torch.testing.assert_close(math.forward(q, k, v, options), whole)
+    again = math.backward(q, q, k, v, *whole, options)
     torch.testing.assert_close(again, grads)
 
 
@@ -62,7 +64,7 @@ def test_hidden_rows_give_zero_and_minus_infinity():
     q, k, v = rows()
     is_hidden = torch.ones(2, 13, 3, dtype=torch.bool)
     bias = LogitBias(row_step=1, is_hidden=is_hidden)
-    out, lse = math.forward(q, k, v, scale=1.0, is_causal=False, bias=bias, dropout=None)
+    out, lse = math.forward(q, k, v, BlockOptions(scale=1.0, is_causal=False, bias=bias))
     assert out.eq(0).all()
     assert lse.isneginf().all()
 
@@ -118,12 +120,12 @@ def test_gpu_kernels_agree_with_math(kernel, is_causal, dtype):
         pytest.skip(f"{kernel.NAME} does not support {dtype} on CUDA")
     shape = (2, 301, 4, 64)
     q, k, v, out_grad = (torch.randn(shape, device="cuda", dtype=dtype)[:, ::3] for _ in range(4))
-    options = {"scale": 0.125, "is_causal": is_causal, "bias": None, "dropout": None}
-    out, lse = math.forward(q, k, v, **options)
-    found = kernel.forward(q, k, v, **options)
+    options = BlockOptions(scale=0.125, is_causal=is_causal)
+    out, lse = math.forward(q, k, v, options)
+    found = kernel.forward(q, k, v, options)
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(found, (out, lse), **tolerance)
     joint = (out / 2, lse + 0.7)
-    expected = math.backward(out_grad, q, k, v, *joint, lse_grad=None, **options)
-    grads = kernel.backward(out_grad, q, k, v, *joint, lse_grad=None, **options)
+    expected = math.backward(out_grad, q, k, v, *joint, options)
+    grads = kernel.backward(out_grad, q, k, v, *joint, options)
     torch.testing.assert_close(grads, expected, **tolerance)
