@@ -9,6 +9,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 __all__ = ["ExactResumption", "LastCheckpoint", "Throughput"]
 
@@ -85,7 +86,8 @@ class LastCheckpoint(ModelCheckpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Says how to go on. It saves nothing: a step cut in two could not be resumed exactly."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+        is_stop = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
+        if is_stop and trainer.is_global_zero:
             saved = self.last_model_path
             print(f"Resume {saved} with --ckpt_path last." if saved else "Nothing is saved yet.")
 

@@ -5,11 +5,12 @@
   default and never evaluate an untrained model in silence.
 - A checkpoint that is damaged or of another model is one error, before any data is read.
 - Everything lies in `trainer.default_root_dir`, and a recipe may run in it again (`run_folder`).
-- What our own code refuses is reported without a traceback; a bug keeps its traceback.
+- What our own code or Lightning refuses is reported without a traceback; a bug keeps its traceback.
 """
 
 import linecache
 import logging
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import longnet_zoo
 from recipes.checkpoints import check_state_dict, last_checkpoint, read_checkpoint
@@ -48,6 +50,9 @@ def run(
         _quieten()
         try:
             RecipeCLI(task, data, args=args)
+        except SIGTERMException:
+            # Lightning's exit status is 0, and a run that was stopped would count as finished.
+            raise SystemExit(128 + signal.SIGTERM) from None
         except Exception as error:
             _report(error)
 
@@ -123,6 +128,7 @@ class RecipeCLI(LightningCLI):
         """Adds what a training needs to be followed, unless the configuration says otherwise."""
         options = self._get(self.config_init, "trainer")
         callbacks = options["callbacks"] or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if options["logger"] in (None, True):
             kwargs["logger"] = self._loggers(options) if self.subcommand == "fit" else False
         if options["enable_model_summary"] is None:
@@ -177,6 +183,9 @@ class RecipeCLI(LightningCLI):
             )
         if rank_zero_only.rank == 0:
             print(f"No checkpoint in {run_dir} yet: starting from new weights.")
+            previous = last_checkpoint(Path(run_dir, "previous"))
+            if previous is not None:
+                print(f"The run before has one: {previous}")
         return None
 
     def _loggers(self, options: Any) -> list[L.pytorch.loggers.Logger]:
@@ -197,7 +206,7 @@ class _SaveConfig(SaveConfigCallback):
 
 
 def _report(error: Exception) -> NoReturn:
-    """Prints an error that our code raised on purpose, raises any other."""
+    """Prints an error that our code or Lightning raised on purpose, raises any other."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
@@ -205,7 +214,8 @@ def _report(error: Exception) -> NoReturn:
         raise error
     file, line = Path(traceback.tb_frame.f_code.co_filename), traceback.tb_lineno
     is_ours = any(file.is_relative_to(folder) for folder in _OUR_FOLDERS)
-    if not is_ours or not linecache.getline(str(file), line).lstrip().startswith("raise "):
+    is_refusal = is_ours and linecache.getline(str(file), line).lstrip().startswith("raise ")
+    if not is_refusal and not isinstance(error, MisconfigurationException):
         raise error
     print(f"error: {error} ({file.name}:{line})", file=sys.stderr)
     raise SystemExit(2) from None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ContextCurve", "ContextFigures", "measure_context"]
+__all__ = ["ContextCurve", "ContextFigures", "context_marks", "measure_context"]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -111,7 +111,7 @@ def measure_context(
     Raises:
         ValueError: A position lies outside the context.
     """
-    marks = _marks(seq_len, short_context=short_context, near=near, far=far)
+    marks = context_marks(seq_len, short_context=short_context, near=near, far=far)
     short = marks["short_context"]
     # Row 0 the loss with the whole context, row 1 with the short one, row 2 the bytes.
     sums = torch.zeros(3, seq_len, dtype=torch.float64)
@@ -161,10 +161,14 @@ def _short_losses(task: Any, batch: dict[str, Tensor], short: int) -> Tensor:
     return task.token_losses(tokens, labels, cu_seqlens.to(batch["cu_seqlens"]))
 
 
-def _marks(
+def context_marks(
     size: int, *, short_context: int | None, near: int | None, far: int | None
 ) -> dict[str, int]:
-    """Returns the positions to compare, checked against the context."""
+    """Returns the positions to compare, checked against a context of `size` tokens.
+
+    Raises:
+        ValueError: A position lies outside the context.
+    """
     marks = {
         "short_context": max(1, size // 16) if short_context is None else short_context,
         "near": max(1, size // 32) if near is None else near,

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 
 import longnet_zoo as lz
 from recipes.callbacks import Throughput
-from recipes.context import ContextFigures, measure_context
+from recipes.context import ContextFigures, context_marks, measure_context
 from recipes.report_figure import draw_report
 from recipes.run_folder import read_curves
 
@@ -69,10 +69,13 @@ class ReportCallback(Callback):
         self._max_windows = max_windows
         self._marks = {"short_context": short_context, "near": near, "far": far}
         self._start = time.time()
+        self._seconds_before = 0.0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock."""
+        """Starts the clock, and checks the positions before hours of training, not after."""
         self._start = time.time()
+        if not trainer.fast_dev_run:
+            context_marks(trainer.datamodule.seq_len, **self._marks)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measures on all processes, writes on the first."""
@@ -136,8 +139,19 @@ class ReportCallback(Callback):
             **figures.to_dict(),
             "steps": trainer.global_step,
             "train_seconds": round(throughput.train_seconds, 1),
-            "total_seconds": round(time.time() - self._start, 1),
+            "total_seconds": round(self._seconds(), 1),
         }
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.time() - self._start
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the time spent so far."""
+        return {"seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Adds the time of the run that is resumed."""
+        self._seconds_before = state_dict["seconds"]
 
 
 def report_html(

@@ -8,8 +8,9 @@
       report.html, ...       written at the end
       previous/              the run before this one, if there was one
 
-A new run moves the one before into `previous/`, and what was there goes: at most two are kept. A
-run that resumes a checkpoint of this folder keeps `metrics.csv` up to the checkpoint and appends.
+A new run moves the one before into `previous/`, and what was there goes: at most two are kept. Only
+a run that saved a checkpoint pushes out another one that did, so a false start costs nothing. A run
+that resumes a checkpoint of this folder keeps `metrics.csv` up to the checkpoint and appends.
 """
 
 import argparse
@@ -98,20 +99,38 @@ def make_room(run_dir: str | Path, *, ckpt_path: str | Path | None) -> Path | No
 
     Returns:
         Where the run before lies now; None if nothing was moved.
+
+    Raises:
+        ValueError: The checkpoint belongs to the run in `previous/`.
     """
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents:
+    previous = folder / "previous"
+    holders = () if ckpt_path is None else Path(ckpt_path).resolve().parents
+    if previous.resolve() in holders:
+        raise ValueError(
+            f"a run resumes in its own folder, got ckpt_path={str(ckpt_path)!r} and "
+            f"trainer.default_root_dir={str(run_dir)!r}, whose next run replaces {previous}. Move "
+            "that folder elsewhere, and pass its new place as trainer.default_root_dir."
+        )
+    if folder.resolve() in holders:
         return None
     entries = [folder / name for name in _ENTRIES if (folder / name).exists()]
     if not entries:
         return None
-    previous = folder / "previous"
+    if _has_checkpoint(previous) and not _has_checkpoint(folder):
+        for entry in entries:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        return None
     shutil.rmtree(previous, ignore_errors=True)
     previous.mkdir()
     for entry in entries:
         entry.rename(previous / entry.name)
     return previous
+
+
+def _has_checkpoint(run_dir: Path) -> bool:
+    return any(Path(run_dir, "checkpoints").glob("*"))
 
 
 def read_curves(path: str | Path) -> dict[str, list[tuple[int, float]]]:

@@ -137,7 +137,9 @@ def split_of(key: str, *, val_fraction: float, test_fraction: float) -> Split:
 
     Changing one fraction moves no document between the two other splits.
     """
-    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    # Names of files need not be UTF-8.
+    digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
     if place < test_fraction:
         return "test"
     return "val" if place >= 1 - val_fraction else "train"
@@ -215,7 +217,8 @@ class Corpus:
             for file in files:
                 # One that cannot be read is skipped later.
                 size = file.path.stat().st_size if file.path.exists() else -1
-                fingerprint.update(f"{split}:{file.key}:{size};".encode())
+                name = f"{split}:{file.key}:{size};"
+                fingerprint.update(name.encode(errors="surrogateescape"))
         return fingerprint.hexdigest()[:12]
 
     def documents(self) -> Iterator[tuple[Split, Document]]:
@@ -241,7 +244,8 @@ class Corpus:
             seen.add(digest)
             num_documents[split] += 1
             num_bytes[split] += len(document.text)
-            fingerprint.update(f"{split}:{document.key}:".encode() + digest)
+            name = f"{split}:{document.key}:"
+            fingerprint.update(name.encode(errors="surrogateescape") + digest)
             yield split, document
         if not seen:
             num_files = sum(len(files) for files in self.files.values())

@@ -25,6 +25,7 @@ from recipes.metrics import BitsPerByte
 from recipes.optimization import OptimizationConfig
 from recipes.sampling import SamplingConfig, complete, printable
 from recipes.text_data import TextDataModule
+from recipes.text_packing import Objective
 from recipes.tokenizers import Tokenizer
 
 __all__ = ["TextLM", "main"]
@@ -57,6 +58,7 @@ class TextLM(L.LightningModule):
         sampling: How `predict` and the report write text.
     """
 
+    objective: Objective = "causal"
     default_model = "longnet_lm_tiny"
     default_prompts: tuple[str, ...] = ("import os\n\n\ndef ",)
 
@@ -102,6 +104,12 @@ class TextLM(L.LightningModule):
         self.sampling = sampling
         self.prompts = sampling.prompts or self.default_prompts
         self.model = lz.create_model(model_name, **(model_options or {}))
+        if self.model.config.is_causal != (self.objective == "causal"):
+            raise ValueError(
+                f"{type(self).__name__} trains with objective={self.objective!r}, got "
+                f"model_name={model_name!r} with is_causal={self.model.config.is_causal}. "
+                "recipes.text_lm is for causal models, recipes.text_mlm for the others."
+            )
         self.model.set_grad_checkpointing(grad_checkpointing)
         self.tokenizer: Tokenizer | None = None
         self.register_buffer("token_bytes", None, persistent=False)
@@ -121,7 +129,15 @@ class TextLM(L.LightningModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Takes over the tokenizer of the data."""
+        """Checks the objective of the data, and takes over its tokenizer."""
+        objective = getattr(self.trainer.datamodule, "objective", self.objective)
+        if objective != self.objective:
+            # A model that sees both sides would see the next token.
+            raise ValueError(
+                f"{type(self).__name__} needs data.objective={self.objective!r}, got "
+                f"{objective!r}. Set it, or use the other recipe: text_lm is causal, text_mlm "
+                "masked."
+            )
         tokenizer = getattr(self.trainer.datamodule, "tokenizer", self.tokenizer)
         if tokenizer is None:
             raise ValueError(

@@ -14,6 +14,7 @@ from recipes.cli import run
 from recipes.sampling import fill, printable
 from recipes.text_data import TextDataModule
 from recipes.text_lm import TextLM
+from recipes.text_packing import Objective
 from recipes.tokenizers import Tokenizer
 
 __all__ = ["TextMLM", "main"]
@@ -22,6 +23,7 @@ __all__ = ["TextMLM", "main"]
 class TextMLM(TextLM):
     """A registered masked language model with its training, evaluation and filling in."""
 
+    objective: Objective = "masked"
     default_model = "longnet_mlm_tiny"
     default_prompts = ("def __in<mask>t__(self, *args, **kwargs):\n    ret<mask>rn None\n",)
 

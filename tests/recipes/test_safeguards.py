@@ -1,0 +1,124 @@
+"""What keeps a run from meaning something else than it says, or from costing an earlier one."""
+
+import os
+import signal
+import sys
+
+import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from recipes.report import ReportCallback
+from recipes.run_folder import make_room
+from recipes.text_corpus import split_of
+from recipes.text_lm import TextLM, main
+from recipes.text_mlm import TextMLM
+from tests.recipes.text_runs import (
+    arguments,
+    last_checkpoint_every,
+    make_data,
+    make_trainer,
+    model_options,
+    write_corpus,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_process_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipes.text_lm"])
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def write_run(folder, *, has_checkpoint):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.csv").write_text(f"{has_checkpoint}\n")
+    if has_checkpoint:
+        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints" / "last.ckpt").write_text("weights")
+
+
+@pytest.mark.parametrize(
+    ("task", "model_name", "message"),
+    [
+        (TextLM, "longnet_mlm_tiny", "objective='causal', got .*is_causal=False"),
+        (TextMLM, "longnet_lm_tiny", "objective='masked', got .*is_causal=True"),
+    ],
+)
+def test_a_model_of_the_other_direction_is_refused(task, model_name, message):
+    with pytest.raises(ValueError, match=message):
+        task(model_name=model_name, model_options=model_options())
+
+
+@pytest.mark.parametrize(
+    ("task", "objective", "needed"), [(TextLM, "masked", "causal"), (TextMLM, "causal", "masked")]
+)
+def test_data_for_the_other_objective_is_refused(corpus, tmp_path, task, objective, needed):
+    model = task(model_options=model_options(), decay_steps=3)
+    data = make_data(corpus, objective=objective)
+    with pytest.raises(ValueError, match=rf"data.objective='{needed}', got '{objective}'"):
+        make_trainer(tmp_path).fit(model, datamodule=data)
+
+
+def test_a_false_start_does_not_push_out_a_run_with_weights(tmp_path):
+    write_run(tmp_path / "previous", has_checkpoint=True)
+    write_run(tmp_path, has_checkpoint=False)
+    assert make_room(tmp_path, ckpt_path=None) is None
+    assert (tmp_path / "previous" / "checkpoints" / "last.ckpt").read_text() == "weights"
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_resuming_the_run_in_previous_is_refused(tmp_path):
+    write_run(tmp_path / "previous", has_checkpoint=True)
+    write_run(tmp_path, has_checkpoint=True)
+    path = tmp_path / "previous" / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match=r"resumes in its own folder.*Move\s+that folder"):
+        make_room(tmp_path, ckpt_path=path)
+    assert path.exists()
+
+
+def test_positions_of_the_report_are_checked_before_training(corpus, tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[ReportCallback(short_context=65)])
+    task = TextLM(model_options=model_options(), decay_steps=3)
+    with pytest.raises(ValueError, match="short_context"):
+        trainer.fit(task, datamodule=make_data(corpus))
+    assert trainer.global_step == 0
+
+
+def test_time_of_the_report_adds_up_over_a_resumption():
+    first, second = ReportCallback(), ReportCallback()
+    first._start -= 100.0
+    second.load_state_dict(first.state_dict())
+    assert second._seconds() == pytest.approx(100.0, abs=10.0)
+
+
+def test_file_names_need_not_be_utf8():
+    key = os.fsdecode(b"caf\xe9.py")
+    assert split_of(key, val_fraction=0.5, test_fraction=0.0) in ("train", "val")
+
+
+def test_what_lightning_refuses_is_one_line(corpus, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *arguments(corpus, tmp_path, trainer__val_check_interval=-1)])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "val_check_interval" in error
+    assert "Traceback" not in error
+
+
+def test_a_terminated_run_has_a_status_that_says_so(corpus, tmp_path, monkeypatch, capsys):
+    def stop_here(task, optimizer):
+        if task.trainer.global_step == 4:
+            raise SIGTERMException
+
+    monkeypatch.setattr(TextLM, "on_before_zero_grad", stop_here)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", *arguments(corpus, tmp_path), *last_checkpoint_every(3)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert "--ckpt_path last" in capsys.readouterr().out
