@@ -31,9 +31,11 @@ class ContextCurve:
     num_bytes: Tensor
 
     def between(self, start: int = 0, stop: int | None = None) -> float:
-        """Returns the bits per byte over positions from `start` to before `stop`."""
+        """Returns the bits per byte from `start` to before `stop`, NaN where there is no text."""
         num_bytes = float(self.num_bytes[start:stop].sum())
-        return float(self.nats[start:stop].sum()) / math.log(2) / max(1.0, num_bytes)
+        if not num_bytes:
+            return math.nan
+        return float(self.nats[start:stop].sum()) / math.log(2) / num_bytes
 
     def steps(self, *, per_octave: int = 1, smallest: int = 32) -> list[tuple[int, int, float]]:
         """Returns (start, stop, bits per byte) of ranges that grow with the position."""
@@ -70,13 +72,19 @@ class ContextFigures:
         """Tokens of the whole context."""
         return len(self.full.nats)
 
-    def to_dict(self) -> dict[str, float]:
-        """Returns the figures by name, bits per byte unless the name says otherwise."""
-        return {
+    def to_dict(self) -> dict[str, float | None]:
+        """Returns the figures by name, bits per byte unless the name says otherwise.
+
+        None stands for positions without text, since JSON has no NaN.
+        """
+        bits = {
             f"context_{self.context}": self.full.between(),
             f"context_{self.short_context}": self.short.between(),
             f"first_{self.near}": self.full.between(0, self.near),
             f"beyond_{self.far}": self.full.between(self.far),
+        }
+        return {
+            **{name: None if math.isnan(value) else value for name, value in bits.items()},
             "num_windows": self.num_windows,
             "num_bytes": int(self.full.num_bytes.sum()),
         }

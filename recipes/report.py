@@ -130,7 +130,7 @@ class ReportCallback(Callback):
         (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
         print(_summary(folder, metrics, figures, sample))
 
-    def _metrics(self, trainer: L.Trainer, figures: ContextFigures) -> dict[str, float]:
+    def _metrics(self, trainer: L.Trainer, figures: ContextFigures) -> dict[str, float | None]:
         throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
         logged = trainer.callback_metrics
         names = ("train_bits_per_byte", "val_loss", "val_bits_per_byte", "tokens_per_second")

@@ -106,11 +106,13 @@ def _draw_positions(axes: "Axes", figures: ContextFigures) -> None:
         (1, figures.near, near, f"first {figures.near:,}: {near:.3f}"),
         (figures.far, figures.context, far, f"beyond {figures.far:,}: {far:.3f}"),
     ):
+        if math.isnan(mean):
+            continue
         axes.hlines(mean, start, stop, color=_INK, linestyle=(0, (4, 2)), linewidth=1.3)
         # The curve falls, so there is room above its start and below its end.
         x, dy = (start, 6) if start == 1 else (stop, -14)
         _note(axes, x, mean, text, color=_INK, dy=dy)
-    low, high = min(*heights, near, far), max(*heights, near, far)
+    low, high = _range([*heights, near, far])
     axes.set_ylim(low - 0.14 * (high - low) - 0.02, high + 0.3 * (high - low) + 0.02)
     ticks = [2**i for i in range(0, figures.context.bit_length(), 2)]
     axes.set_xscale("log", base=2)
@@ -146,9 +148,12 @@ def _draw_comparison(axes: "Axes", figures: ContextFigures) -> None:
         (f"positions from {figures.far:,}", figures.full.between(figures.far), _INK),
     ]
     values = [value for _, value, _ in rows]
-    low, high = min(values), max(values)
+    low, high = _range(values)
     margin = 0.25 * (high - low) + 0.02
     for place, (_, value, color) in enumerate(rows):
+        if math.isnan(value):
+            _note(axes, low, place, "no text there", color=color, dy=-3)
+            continue
         axes.hlines(place, low - margin, value, color=_GRID, linewidth=2)
         axes.plot(value, place, "o", color=color, markersize=10)
         _note(axes, value, place, f"{value:.3f}", color=color, dy=9, ha="center")
@@ -160,6 +165,12 @@ def _draw_comparison(axes: "Axes", figures: ContextFigures) -> None:
         xlim=(low - margin, high + margin),
         ylim=(len(rows) - 0.5, -0.7),
     )
+
+
+def _range(values: list[float]) -> tuple[float, float]:
+    """Returns the lowest and the highest of the values that are numbers."""
+    numbers = [value for value in values if not math.isnan(value)] or [0.0]
+    return min(numbers), max(numbers)
 
 
 def _note(axes: "Axes", x: float, y: float, text: str, **options: Any) -> None:

@@ -1,13 +1,18 @@
 """What keeps a run from meaning something else than it says, or from costing an earlier one."""
 
+import json
+import math
 import os
 import signal
 import sys
 
 import pytest
+import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from recipes.context import ContextCurve, ContextFigures
 from recipes.report import ReportCallback
+from recipes.report_figure import draw_report
 from recipes.run_folder import make_room
 from recipes.text_corpus import split_of
 from recipes.text_lm import TextLM, main
@@ -122,3 +127,16 @@ def test_a_terminated_run_has_a_status_that_says_so(corpus, tmp_path, monkeypatc
         signal.signal(signal.SIGTERM, before)
     assert stop.value.code == 128 + signal.SIGTERM
     assert "--ckpt_path last" in capsys.readouterr().out
+
+
+def test_positions_without_text_have_no_figure():
+    nats, num_bytes = torch.zeros(64).double(), torch.zeros(64).double()
+    nats[:8], num_bytes[:8] = math.log(2) * 3, 1
+    curve = ContextCurve(nats=nats, num_bytes=num_bytes)
+    figures = ContextFigures(
+        full=curve, short=curve, short_context=4, near=2, far=16, num_windows=1
+    )
+    assert figures.to_dict()["first_2"] == pytest.approx(3.0)
+    assert figures.to_dict()["beyond_16"] is None
+    json.dumps(figures.to_dict(), allow_nan=False)
+    assert draw_report(title="t", curves={}, figures=figures).startswith(b"\x89PNG")
