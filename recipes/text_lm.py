@@ -25,12 +25,10 @@ from recipes.metrics import BitsPerByte
 from recipes.optimization import OptimizationConfig
 from recipes.sampling import SamplingConfig, complete, printable
 from recipes.text_data import TextDataModule
-from recipes.text_packing import Objective
+from recipes.text_packing import IGNORE_INDEX, Objective
 from recipes.tokenizers import Tokenizer
 
 __all__ = ["TextLM", "main"]
-
-IGNORED = -100
 
 
 class TextLM(L.LightningModule):
@@ -252,7 +250,7 @@ class TextLM(L.LightningModule):
     ) -> Tensor:
         """Returns the loss of each token in nats, (b, n), 0 where there is no label."""
         return self.model.loss(
-            tokens, labels, ignore_index=IGNORED, reduction="none", cu_seqlens=cu_seqlens
+            tokens, labels, ignore_index=IGNORE_INDEX, reduction="none", cu_seqlens=cu_seqlens
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -269,14 +267,14 @@ class TextLM(L.LightningModule):
         return self.model.loss(
             batch["tokens"],
             batch["labels"],
-            ignore_index=IGNORED,
+            ignore_index=IGNORE_INDEX,
             reduction=reduction,
             cu_seqlens=batch.get("cu_seqlens"),
         )
 
     def _count(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns how many tokens have a loss, and how many bytes they stand for."""
-        has_loss = labels != IGNORED
+        has_loss = labels != IGNORE_INDEX
         num_bytes = self.token_bytes[labels.clamp(min=0)] * has_loss
         return has_loss.sum(), num_bytes.sum()
 

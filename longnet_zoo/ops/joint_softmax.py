@@ -174,12 +174,9 @@ class JointSoftmax:
                 yield part, None
             return
         if self.is_hidden is not None:
-            num_heads = block.head_start + block.num_heads * block.head_step
-            is_hidden = self.is_hidden.unsqueeze(-1).expand(-1, -1, num_heads)
+            is_hidden = self.is_hidden.unsqueeze(-1).expand(-1, -1, block.heads.stop)
             views = [*views, view_rows(group.select(is_hidden), block)]
-        heads = slice(
-            block.head_start, block.head_start + block.num_heads * block.head_step, block.head_step
-        )
+        heads = block.heads
         dense = self._dense_views(self.dense_bias, group, block)
         dense_grad = self._dense_views(bias_grad, group, block) if dense is not None else None
         parts = _folded(views) if dense is None else _one_by_one(views)
@@ -202,7 +199,7 @@ class JointSoftmax:
     ) -> Tensor | None:
         if bias is None or self.dense_bias is None:
             return None
-        num_heads = block.head_start + block.num_heads * block.head_step
+        num_heads = block.heads.stop
         batch = group.first + group.count if not group.is_packed else 1
         bias = bias.expand(
             batch if bias.shape[0] == 1 else -1, num_heads if bias.shape[1] == 1 else -1, -1, -1

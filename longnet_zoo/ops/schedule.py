@@ -43,6 +43,12 @@ class Block:
     kv_head_step: int
     num_zero_keys: int
 
+    @property
+    def heads(self) -> slice:
+        """The query heads of the block."""
+        stop = self.head_start + self.num_heads * self.head_step
+        return slice(self.head_start, stop, self.head_step)
+
 
 @lru_cache(maxsize=1024)
 def blocks_of(
