@@ -121,7 +121,7 @@ def _list(options: argparse.Namespace) -> None:
     table.add_column("parameters", no_wrap=True, justify="right")
     table.add_column("what")
     for info in map(model_info, names):
-        weights = "" if info.licence is None else f"; weights: {info.licence}"
+        weights = f"; weights: {info.weights[0].licence}" if info.weights else ""
         table.add_row(
             info.name, info.modality, _short(info.num_params), f"{info.description}{weights}"
         )
@@ -209,7 +209,9 @@ def _facts(info: ModelInfo) -> dict[str, str]:
         "family": info.family,
         "modality": info.modality,
         "source": info.source,
-        "weights": f"published, {info.licence}" if info.licence else "none published",
+        "weights": "; ".join(f"{x.tag} ({x.licence})" for x in info.weights) or "none published",
+        "segment lengths": " ".join(map(str, info.pattern.segment_lengths)),
+        "dilation rates": " ".join(map(str, info.pattern.dilation_rates)),
         "parameters": f"{info.num_params:,} ({_short(info.num_params)})",
         "forward FLOPs": f"{_short(info.flops)} for {info.seq_len:,} tokens",
     }

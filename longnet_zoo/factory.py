@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import longnet_zoo.models  # noqa: F401 - registers every model
-from longnet_zoo.registry import ModelEntry, find_model, nearest_names, registered_models
+from longnet_zoo.ops.pattern import DilatedPattern
+from longnet_zoo.registry import (
+    ModelEntry,
+    PublishedWeights,
+    find_model,
+    nearest_names,
+    registered_models,
+)
 from longnet_zoo.weights import load_state_dict, read_state_dict
 
 __all__ = ["ModelInfo", "create_model", "list_models", "model_info"]
@@ -33,7 +40,8 @@ class ModelInfo:
         num_params: Number of parameters, tied ones once.
         seq_len: The length that `flops` is for.
         flops: FLOPs of a forward pass over one sequence of `seq_len`, a multiply-add as two.
-        licence: Licence of its published weights, None where there are none.
+        pattern: Its attention pattern, with the segment lengths that the config gives.
+        weights: Its published weights, the default ones first; empty where there are none.
     """
 
     name: str
@@ -45,7 +53,8 @@ class ModelInfo:
     num_params: int
     seq_len: int
     flops: int
-    licence: str | None
+    pattern: DilatedPattern
+    weights: tuple[PublishedWeights, ...]
 
 
 def create_model(name: str, *, pretrained: Pretrained = False, **options: Any) -> nn.Module:
@@ -110,17 +119,17 @@ def model_info(name: str, seq_len: int | None = None) -> ModelInfo:
 
     Args:
         name: A name of `list_models()`.
-        seq_len: Length to count FLOPs for; None: the longest segment of its pattern.
+        seq_len: Length to count FLOPs for; None: what is usual for the model.
 
     Returns:
-        Config, number of parameters, FLOPs, source and licence.
+        Config, number of parameters, FLOPs, source and published weights.
 
     Raises:
         ValueError: If the name is unknown or `seq_len` is below 1.
     """
     entry = find_model(name)
     if seq_len is None:
-        seq_len = entry.config.segment_lengths[-1]
+        seq_len = entry.config.usual_seq_len
     if type(seq_len) is not int or seq_len < 1:
         raise ValueError(f"seq_len must be an integer of at least 1, got {seq_len!r}.")
     with torch.device("meta"):
@@ -135,7 +144,8 @@ def model_info(name: str, seq_len: int | None = None) -> ModelInfo:
         num_params=model.num_params(),
         seq_len=seq_len,
         flops=model.flops(seq_len),
-        licence=None if entry.weights is None else entry.weights.licence,
+        pattern=entry.config.pattern,
+        weights=entry.weights,
     )
 
 
@@ -157,12 +167,12 @@ def _find_weights(
     if pretrained is False:
         return "", None
     if pretrained is True:
-        if entry.weights is None:
+        if not entry.weights:
             raise ValueError(
                 f"no weights are published for {entry.name!r}. Pass pretrained=False, or your own: "
                 "the path of a .safetensors, .pth, .pt, .bin or .ckpt file, or a state dict."
             )
-        pretrained = entry.weights.location
+        pretrained = entry.weights[0].location
     if isinstance(pretrained, Mapping):
         return "the state dict", pretrained
     if isinstance(pretrained, (str, os.PathLike)):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -31,12 +31,21 @@ class PublishedWeights:
     """Trained weights of a registered model.
 
     Attributes:
-        location: Where `create_model(name, pretrained=True)` reads them.
+        tag: Their name among the weights of the model: `create_model(name, pretrained=tag)`.
+        location: Where they are: `"hf_hub:owner/name/file"` or the address of a file.
         licence: The licence they are published under.
+        sha256: Digest of the file in hex; None where the publisher states none.
+        options: Options of the model that they were trained with, where they differ from its
+            defaults.
+        note: What a user must know to get them, such as "gated: ask for access on its page".
     """
 
+    tag: str
     location: str
     licence: str
+    sha256: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +60,7 @@ class ModelEntry:
         modality: What the model reads: "text", "vision", "audio", ...
         description: One line for people.
         source: The paper or code the sizes come from.
-        weights: Trained weights, None where there are none.
+        weights: Trained weights, the default ones first; empty where there are none.
     """
 
     name: str
@@ -61,7 +70,7 @@ class ModelEntry:
     modality: str
     description: str
     source: str
-    weights: PublishedWeights | None = None
+    weights: tuple[PublishedWeights, ...] = ()
 
 
 _ENTRIES: dict[str, ModelEntry] = {}
@@ -75,7 +84,7 @@ def register_model(
     modality: str,
     description: str,
     source: str,
-    weights: PublishedWeights | None = None,
+    weights: tuple[PublishedWeights, ...] = (),
 ) -> Callable[[BuilderT], BuilderT]:
     """Registers the decorated builder (config -> model) under a name.
 
@@ -86,7 +95,7 @@ def register_model(
         modality: What the model reads, for example "text".
         description: One line for people.
         source: The paper or code the sizes come from.
-        weights: Trained weights, if there are any.
+        weights: Trained weights, the default ones first.
 
     Returns:
         The decorator; it returns the builder unchanged.
@@ -146,7 +155,7 @@ def registered_models(
         if fnmatch.fnmatchcase(name, pattern)
         and modality in (None, entry.modality)
         and family in (None, entry.family)
-        and pretrained in (None, entry.weights is not None)
+        and pretrained in (None, bool(entry.weights))
     ]
 
 

@@ -29,7 +29,7 @@ FIELDS = {"config": Config(), "description": "a test", "source": "nowhere"}
 def catalogue(monkeypatch):
     """Replaces the catalogue by one of three models."""
     monkeypatch.setattr(registry, "_ENTRIES", {})
-    weights = PublishedWeights(location="b.safetensors", licence="MIT")
+    weights = (PublishedWeights(tag="wild", location="b.safetensors", licence="MIT"),)
     register_model("deer_b", family="deer", modality="text", weights=weights, **FIELDS)(build)
     register_model("deer_a", family="deer", modality="text", **FIELDS)(build)
     register_model("fox_a", family="fox", modality="audio", **FIELDS)(build)
@@ -44,7 +44,7 @@ def test_decorator_returns_the_builder_and_keeps_what_it_was_told():
     entry = find_model("new")
     assert entry.build(Config(size=7)).in_features == 7
     assert (entry.name, entry.family, entry.modality) == ("new", "fox", "audio")
-    assert (entry.description, entry.source, entry.weights) == ("a test", "nowhere", None)
+    assert (entry.description, entry.source, entry.weights) == ("a test", "nowhere", ())
 
 
 def test_same_name_twice_is_refused_with_both_builders():

@@ -5,6 +5,7 @@ from .block import Norm, TransformerBlock
 from .feed_forward import Activation, FeedForward
 from .initialization import initialize_weights, residual_gain, residual_scale
 from .multihead import MultiheadDilatedAttention
+from .multiway import Multiway, Route, make_multiway, run_routed
 from .positions import AlibiBias, RelativeBias, RotaryEmbedding
 from .stack import TransformerStack
 
@@ -14,13 +15,17 @@ __all__ = [
     "DilatedAttention",
     "FeedForward",
     "MultiheadDilatedAttention",
+    "Multiway",
     "Norm",
     "Position",
     "RelativeBias",
     "RotaryEmbedding",
+    "Route",
     "TransformerBlock",
     "TransformerStack",
     "initialize_weights",
+    "make_multiway",
     "residual_gain",
     "residual_scale",
+    "run_routed",
 ]

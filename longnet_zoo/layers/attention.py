@@ -5,6 +5,7 @@ Shape legend: b batch, n seq_len, h num_heads (or num_kv_heads), d head_dim.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -16,6 +17,7 @@ from longnet_zoo.ops.kernels import BACKENDS
 from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.ops.positions import apply_rotary
 
+from .multiway import Route, make_multiway, run_routed
 from .positions import AlibiBias, RelativeBias, RotaryEmbedding
 
 __all__ = ["DilatedAttention", "Position", "check_attention_options", "make_position_bias"]
@@ -50,6 +52,7 @@ class DilatedAttention(nn.Module):
         dropout: Dropout of the attention weights in training, in [0, 1).
         eps: Epsilon of the LayerNorms.
         backend: Kernel of the op; `"auto"` takes the fastest that serves.
+        num_modalities: Number of modalities with projections and norms of their own.
 
     Raises:
         ValueError: If sizes do not divide, or an option is outside its range.
@@ -80,6 +83,7 @@ class DilatedAttention(nn.Module):
         dropout: float = 0.0,
         eps: float = 1e-5,
         backend: str = "auto",
+        num_modalities: int = 1,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -103,13 +107,16 @@ class DilatedAttention(nn.Module):
         self.attention_op = dilated_attention
 
         kv_dim = num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.k_proj = nn.Linear(embed_dim, kv_dim, bias=bias)
-        self.v_proj = nn.Linear(embed_dim, kv_dim, bias=bias)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.q_norm = nn.LayerNorm(self.head_dim, eps=eps) if qk_norm else None
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=eps) if qk_norm else None
-        self.inner_norm = nn.LayerNorm(embed_dim, eps=eps) if sub_ln else None
+        project = partial(nn.Linear, embed_dim, bias=bias)
+        norm = partial(nn.LayerNorm, eps=eps)
+        make = partial(make_multiway, num_modalities=num_modalities)
+        self.q_proj = make(partial(project, embed_dim))
+        self.k_proj = make(partial(project, kv_dim))
+        self.v_proj = make(partial(project, kv_dim))
+        self.out_proj = make(partial(project, embed_dim))
+        self.q_norm = make(partial(norm, self.head_dim)) if qk_norm else None
+        self.k_norm = make(partial(norm, self.head_dim)) if qk_norm else None
+        self.inner_norm = make(partial(norm, embed_dim)) if sub_ln else None
         self.rotary = (
             RotaryEmbedding(head_dim=self.head_dim, base=rotary_base)
             if position in ("xpos", "rotary")
@@ -127,6 +134,7 @@ class DilatedAttention(nn.Module):
         position_bias: nn.Module | None = None,
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        route: Route | None = None,
     ) -> Tensor:
         """Attends within a batch of sequences.
 
@@ -138,6 +146,7 @@ class DilatedAttention(nn.Module):
             position_bias: Bias module that layers share; only for `position=None`.
             key_padding_mask: Bool (batch, seq_len), True = padding.
             cu_seqlens: Boundaries of packed sequences, int32 (num_sequences + 1,), for batch 1.
+            route: The modality of every token, for a layer with several.
 
         Returns:
             Output, (batch, seq_len, embed_dim).
@@ -147,10 +156,17 @@ class DilatedAttention(nn.Module):
             TypeError: If a mask is of another dtype.
         """
         self._check_inputs(x, rotary, position_bias)
-        q = rearrange(self.q_proj(x), "b n (h d) -> b n h d", h=self.num_heads)
-        k = rearrange(self.k_proj(x), "b n (h d) -> b n h d", h=self.num_kv_heads)
-        v = rearrange(self.v_proj(x), "b n (h d) -> b n h d", h=self.num_kv_heads)
-        q, k = self._normalize_and_rotate(q, k, v.dtype, rotary)
+        q, k, v = (
+            rearrange(run_routed(project, x, route), "b n (h d) -> b n h d", h=num_heads)
+            for project, num_heads in (
+                (self.q_proj, self.num_heads),
+                (self.k_proj, self.num_kv_heads),
+                (self.v_proj, self.num_kv_heads),
+            )
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = run_routed(self.q_norm, q, route), run_routed(self.k_norm, k, route)
+        q, k = self._rotate(q, k, v.dtype, rotary)
         out = self.attention_op(
             q,
             k,
@@ -166,8 +182,8 @@ class DilatedAttention(nn.Module):
         )
         out = rearrange(out, "b n h d -> b n (h d)")
         if self.inner_norm is not None:
-            out = self.inner_norm(out)
-        return self.out_proj(out)
+            out = run_routed(self.inner_norm, out, route)
+        return run_routed(self.out_proj, out, route)
 
     def extra_repr(self) -> str:
         """Lists the options."""
@@ -177,11 +193,9 @@ class DilatedAttention(nn.Module):
             f"dropout={self.dropout}, backend={self.backend!r}"
         )
 
-    def _normalize_and_rotate(
+    def _rotate(
         self, q: Tensor, k: Tensor, dtype: torch.dtype, rotary: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
             if rotary is None:
                 rotary = self.rotary(torch.arange(q.shape[1], device=q.device))

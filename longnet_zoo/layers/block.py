@@ -8,10 +8,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, get_args
 
 from timm.layers import DropPath
 from torch import Tensor, nn
+
+from .multiway import Multiway, Route, make_multiway, run_routed
 
 __all__ = ["Norm", "TransformerBlock"]
 
@@ -34,6 +37,7 @@ class TransformerBlock(nn.Module):
         dropout: Dropout of what both modules return, in [0, 1).
         drop_path: Probability per sample and module to skip it in training, in [0, 1).
         eps: Epsilon of the LayerNorms.
+        num_modalities: Number of modalities with norms of their own.
 
     Raises:
         ValueError: If an option is outside its range, or a module's inner norm does not fit `norm`.
@@ -50,11 +54,13 @@ class TransformerBlock(nn.Module):
         dropout: float = 0.0,
         drop_path: float = 0.0,
         eps: float = 1e-5,
+        num_modalities: int = 1,
     ) -> None:
         super().__init__()
         _check_options(norm, residual_scale, dropout, drop_path)
         for name, module in (("attention", attention), ("feed_forward", feed_forward)):
-            has_inner_norm = getattr(module, "inner_norm", None) is not None
+            one = module.experts[0] if isinstance(module, Multiway) else module
+            has_inner_norm = getattr(one, "inner_norm", None) is not None
             if has_inner_norm != (norm == "sub_ln"):
                 raise ValueError(
                     f"norm={norm!r} needs {name} with sub_ln={norm == 'sub_ln'}, "
@@ -62,9 +68,10 @@ class TransformerBlock(nn.Module):
                 )
         self.norm = norm
         self.residual_scale = residual_scale
-        self.attention_norm = nn.LayerNorm(embed_dim, eps=eps)
+        make_norm = partial(make_multiway, partial(nn.LayerNorm, embed_dim, eps=eps))
+        self.attention_norm = make_norm(num_modalities)
         self.attention = attention
-        self.ffn_norm = nn.LayerNorm(embed_dim, eps=eps)
+        self.ffn_norm = make_norm(num_modalities)
         self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
@@ -77,6 +84,7 @@ class TransformerBlock(nn.Module):
         position_bias: nn.Module | None = None,
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        route: Route | None = None,
     ) -> Tensor:
         """Runs the block: (batch, seq_len, embed_dim) to the same shape.
 
@@ -86,23 +94,26 @@ class TransformerBlock(nn.Module):
             position_bias: As for `DilatedAttention`.
             key_padding_mask: As for `DilatedAttention`.
             cu_seqlens: As for `DilatedAttention`.
+            route: As for `DilatedAttention`.
 
         Returns:
             Output, (batch, seq_len, embed_dim).
         """
         is_post_norm = self.norm == "deepnorm"
         attended = self.attention(
-            x if is_post_norm else self.attention_norm(x),
+            x if is_post_norm else run_routed(self.attention_norm, x, route),
             rotary=rotary,
             position_bias=position_bias,
             key_padding_mask=key_padding_mask,
             cu_seqlens=cu_seqlens,
+            route=route,
         )
         x = self._add(x, attended)
         if is_post_norm:
-            x = self.attention_norm(x)
-            return self.ffn_norm(self._add(x, self.feed_forward(x)))
-        return self._add(x, self.feed_forward(self.ffn_norm(x)))
+            x = run_routed(self.attention_norm, x, route)
+        fed = x if is_post_norm else run_routed(self.ffn_norm, x, route)
+        x = self._add(x, run_routed(self.feed_forward, fed, route))
+        return run_routed(self.ffn_norm, x, route) if is_post_norm else x
 
     def extra_repr(self) -> str:
         """Lists the options."""

@@ -25,6 +25,7 @@ Pre-LN has gain and scale 1.
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal
 
 from torch import nn
@@ -65,7 +66,7 @@ def initialize_weights(module: nn.Module, *, gain: float) -> None:
     relative_tables = {m.embedding for m in module.modules() if isinstance(m, RelativeBias)}
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear):
-            role = name.rpartition(".")[2]
+            role = re.sub(r"\.experts\.\d+$", "", name).rpartition(".")[2]
             if role not in _LINEAR_HAS_GAIN:
                 raise ValueError(
                     f"initialize_weights knows the linear layers {tuple(_LINEAR_HAS_GAIN)}, "

@@ -18,6 +18,7 @@ from .attention import DilatedAttention, Position, make_position_bias
 from .block import Norm, TransformerBlock
 from .feed_forward import Activation, FeedForward
 from .initialization import initialize_weights, residual_gain, residual_scale
+from .multiway import Route, make_multiway, run_routed
 from .positions import RotaryEmbedding
 
 __all__ = ["TransformerStack"]
@@ -52,6 +53,8 @@ class TransformerStack(nn.Module):
         drop_path: Drop-path rate of the last block, in [0, 1); it grows linearly from 0.
         eps: Epsilon of the LayerNorms.
         backend: Attention kernel.
+        final_norm: Whether a LayerNorm comes after the last block; never with `"deepnorm"`.
+        num_modalities: Number of modalities with linear layers and norms of their own (multiway).
 
     Raises:
         ValueError: If `num_layers` is below 1 or another option is outside its range.
@@ -82,11 +85,14 @@ class TransformerStack(nn.Module):
         drop_path: float = 0.0,
         eps: float = 1e-5,
         backend: str = "auto",
+        final_norm: bool = True,
+        num_modalities: int = 1,
     ) -> None:
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}.")
         self.embed_dim = embed_dim
+        self.num_modalities = num_modalities
         self.grad_checkpointing = False
         is_sub_ln, is_rotary = norm == "sub_ln", position in ("xpos", "rotary")
         gain, scale = _gain_and_scale(norm, is_causal, num_layers)
@@ -97,15 +103,20 @@ class TransformerStack(nn.Module):
         # The stack owns the one bias module of all layers.
         own_position = None if position in ("alibi", "relative") else position
         attend = partial(attend, position=own_position, sub_ln=is_sub_ln, eps=eps)
+        attend = partial(attend, num_modalities=num_modalities)
         feed = partial(FeedForward, embed_dim=embed_dim, ffn_dim=ffn_dim, activation=activation)
         feed = partial(feed, dropout=activation_dropout, bias=bias, sub_ln=is_sub_ln, eps=eps)
         make_block = partial(TransformerBlock, embed_dim=embed_dim, norm=norm, residual_scale=scale)
-        make_block = partial(make_block, dropout=dropout, eps=eps)
+        make_block = partial(make_block, dropout=dropout, eps=eps, num_modalities=num_modalities)
         self.blocks = nn.ModuleList(
-            make_block(attention=attend(), feed_forward=feed(), drop_path=rate)
+            make_block(
+                attention=attend(), feed_forward=make_multiway(feed, num_modalities), drop_path=rate
+            )
             for rate in _linear_rates(drop_path, num_layers)
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=eps) if norm != "deepnorm" else None
+        self.norm: nn.Module | None = None
+        if final_norm and norm != "deepnorm":
+            self.norm = make_multiway(partial(nn.LayerNorm, embed_dim, eps=eps), num_modalities)
         head_dim = embed_dim // num_heads
         self.rotary = RotaryEmbedding(head_dim=head_dim, base=rotary_base) if is_rotary else None
         self.position_bias = make_position_bias(
@@ -121,6 +132,7 @@ class TransformerStack(nn.Module):
         positions: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        route: Route | None = None,
         return_hidden_states: Literal[False] = False,
     ) -> Tensor: ...
 
@@ -132,6 +144,7 @@ class TransformerStack(nn.Module):
         positions: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        route: Route | None = None,
         return_hidden_states: Literal[True],
     ) -> tuple[Tensor, list[Tensor]]: ...
 
@@ -142,6 +155,7 @@ class TransformerStack(nn.Module):
         positions: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        route: Route | None = None,
         return_hidden_states: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Runs all blocks and the final norm.
@@ -152,6 +166,7 @@ class TransformerStack(nn.Module):
                 Segments are counted from the first row of `x` all the same.
             key_padding_mask: Bool (batch, seq_len), True = padding.
             cu_seqlens: Boundaries of packed sequences, int32 (num_sequences + 1,), for batch 1.
+            route: The modality of every token, for a multiway stack.
             return_hidden_states: Whether to return the embeddings and the output of each block,
                 before the final norm, as well.
 
@@ -160,13 +175,18 @@ class TransformerStack(nn.Module):
             the same shape.
 
         Raises:
-            ValueError: If `x` has another shape, or `positions` are given to a stack without
-                rotary positions.
+            ValueError: If `x` has another shape, `positions` are given to a stack without
+                rotary positions, or a `route` to one without modalities.
         """
         if x.ndim != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(
                 f"x must be (batch, seq_len, embed_dim) with embed_dim={self.embed_dim}, "
                 f"got {tuple(x.shape)}."
+            )
+        if route is not None and self.num_modalities == 1:
+            raise ValueError(
+                f"route is for a multiway stack, got one of {len(route.lengths)} modalities for a "
+                "stack with num_modalities=1."
             )
         rotary = self._rotary_tables(x, positions)
         hidden_states = [x]
@@ -177,6 +197,7 @@ class TransformerStack(nn.Module):
                 position_bias=self.position_bias,
                 key_padding_mask=key_padding_mask,
                 cu_seqlens=cu_seqlens,
+                route=route,
             )
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(run_block, x, use_reentrant=False)
@@ -185,7 +206,7 @@ class TransformerStack(nn.Module):
             if return_hidden_states:
                 hidden_states.append(x)
         if self.norm is not None:
-            x = self.norm(x)
+            x = run_routed(self.norm, x, route)
         return (x, hidden_states) if return_hidden_states else x
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from longnet_zoo.layers import RelativeBias, TransformerStack, initialize_weights
+from longnet_zoo.layers import initialize_weights
 from longnet_zoo.ops.cross_entropy import Reduction, linear_cross_entropy
 
+from .base import ZooModel, make_stack
 from .text_config import TextConfig
 
 __all__ = ["TextModel"]
 
 
-class TextModel(nn.Module):
+class TextModel(ZooModel):
     """Token embedding, Transformer stack and output head.
 
     Positions are implicit (0, 1, ...); any length from 1 token works. The output head is the
@@ -35,44 +35,22 @@ class TextModel(nn.Module):
         TypeError: If the config is that of another family.
     """
 
-    config_class: ClassVar[type[TextConfig]]
+    config: TextConfig
 
     def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        if not isinstance(config, self.config_class):
-            raise TypeError(
-                f"{type(self).__name__} takes a {self.config_class.__name__}, got "
-                f"{type(config).__name__}."
-            )
-        self.config = config
+        super().__init__(config)
         self.embedding: nn.Embedding | None = None
         if config.vocab_size is not None:
             self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
             initialize_weights(self.embedding, gain=1.0)
         self.dropout = nn.Dropout(config.dropout)
-        self.stack = TransformerStack(
-            embed_dim=config.embed_dim,
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            ffn_dim=config.ffn_dim or 4 * config.embed_dim,
-            pattern=config.pattern,
-            is_causal=config.is_causal,
-            num_kv_heads=config.num_kv_heads,
+        self.stack = make_stack(
+            config,
             position=config.position,
             rotary_base=config.rotary_base,
             xpos_scale_base=config.xpos_scale_base,
             relative_buckets=config.relative_buckets,
             relative_max_distance=config.relative_max_distance,
-            norm=config.norm,
-            activation=config.activation,
-            qk_norm=config.qk_norm,
-            bias=config.bias,
-            dropout=config.dropout,
-            attention_dropout=config.attention_dropout,
-            activation_dropout=config.activation_dropout,
-            drop_path=config.drop_path,
-            eps=config.eps,
-            backend=config.backend,
         )
         self.head = _make_head(config)
 
@@ -219,40 +197,14 @@ class TextModel(nn.Module):
         head = _make_head(self.config)
         self.head = None if head is None else head.to(device=like.device, dtype=like.dtype)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Chooses whether blocks are recomputed in the backward pass, which saves their memory."""
-        self.stack.set_grad_checkpointing(enable)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names the parameters for which weight decay makes no sense: norms, biases, positions."""
-        names = {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
-        for module_name, module in self.named_modules():
-            if isinstance(module, RelativeBias):
-                names |= {f"{module_name}.{name}" for name, _ in module.named_parameters()}
-        return names
-
-    def num_params(self) -> int:
-        """Counts the parameters; a tied head counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
     def flops(self, seq_len: int) -> int:
-        """Counts the FLOPs of a forward pass over one sequence, a multiply-add as two.
-
-        Matrix products of all linear layers and the head, and attention by its attended pairs;
-        norms, activations and softmax are left out.
+        """Counts the FLOPs of a forward pass over one sequence, head included; see `ZooModel`.
 
         Args:
             seq_len: Number of tokens.
         """
-        config = self.config
-        weights = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
-        if config.has_tied_head and self.embedding is not None:
-            weights.append(self.embedding.weight)
-        per_token = 2 * sum(weight.numel() for weight in weights)
-        attention, _ = config.pattern.flops(
-            seq_len, config.num_heads, config.head_dim, is_causal=config.is_causal
-        )
-        return per_token * seq_len + config.num_layers * attention
+        head = self.head_weight
+        return super().flops(seq_len) + (0 if head is None else 2 * head.numel() * seq_len)
 
     def _embed(self, tokens: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (tokens is None) == (inputs_embeds is None):

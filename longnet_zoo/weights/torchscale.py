@@ -13,11 +13,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from longnet_zoo.models import LongNetLM, LongNetLMConfig, LongNetMLM, TextConfig
+from longnet_zoo.models import DENSE_SEGMENT, LongNetLM, LongNetLMConfig, LongNetMLM, TextConfig
 from longnet_zoo.ops.positions import xpos_zeta
 
+from .keys import layer_names
 from .load import load_state_dict
-from .torchscale_config import DENSE_SEGMENT, config_from_torchscale
+from .torchscale_config import config_from_torchscale
 
 __all__ = [
     "config_from_torchscale",
@@ -26,20 +27,8 @@ __all__ = [
     "to_torchscale_state_dict",
 ]
 
-# Published name -> ours, for each layer. Every one but the table of relative positions comes with
-# `.weight`, and all but embeddings, head and table with `.bias`.
-_LAYER_NAMES = {
-    "self_attn.q_proj": "attention.q_proj",
-    "self_attn.k_proj": "attention.k_proj",
-    "self_attn.v_proj": "attention.v_proj",
-    "self_attn.out_proj": "attention.out_proj",
-    "self_attn.inner_attn_ln": "attention.inner_norm",
-    "self_attn_layer_norm": "attention_norm",
-    "ffn.fc1": "feed_forward.fc1",
-    "ffn.fc2": "feed_forward.fc2",
-    "ffn.ffn_layernorm": "feed_forward.inner_norm",
-    "final_layer_norm": "ffn_norm",
-}
+# Every module but the table of relative positions comes with `.weight`, and all but embeddings,
+# head and table with `.bias`.
 _OUTER_NAMES = {
     "embed_tokens": "embedding",
     "layer_norm": "stack.norm",
@@ -152,9 +141,10 @@ def _key_table(config: TextConfig) -> dict[str, str]:
     """Published key -> our key, for all keys of the model that the config describes."""
     outer = _DECODER_NAMES if config.is_causal else _ENCODER_NAMES
     names = {
-        f"layers.{layer}.{published}": f"stack.blocks.{layer}.{ours}"
-        for layer in range(config.num_layers)
-        for published, ours in _LAYER_NAMES.items()
+        published: ours
+        for published, ours in layer_names(
+            config.num_layers, published="layers", ours="stack.blocks"
+        ).items()
         if config.norm == "sub_ln" or not ours.endswith("inner_norm")
     }
     is_present = {

@@ -7,9 +7,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from longnet_zoo.models import LongNetLMConfig, LongNetMLMConfig
+from longnet_zoo.models import DENSE_SEGMENT, LongNetLMConfig, LongNetMLMConfig
 
-__all__ = ["DENSE_SEGMENT", "config_from_torchscale"]
+__all__ = ["config_from_torchscale"]
 
 Part = Literal["encoder", "decoder"]
 
@@ -67,8 +67,6 @@ _IGNORED = {
     "seq_parallel",
     "use_xmoe",
 }
-# One segment longer than any sequence: dense attention.
-DENSE_SEGMENT = 2**30
 
 
 def config_from_torchscale(config: Mapping[str, object]) -> LongNetLMConfig | LongNetMLMConfig:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from longnet_zoo.layers import DilatedAttention, FeedForward, TransformerBlock
+from longnet_zoo.layers import DilatedAttention, FeedForward, Route, TransformerBlock
 from longnet_zoo.ops.pattern import DilatedPattern
 
 PATTERN = DilatedPattern(segment_lengths=(5, 11), dilation_rates=(1, 3))
@@ -72,6 +72,7 @@ def test_options_reach_the_attention():
         "position_bias": nn.Identity(),
         "key_padding_mask": torch.zeros(1),
         "cu_seqlens": torch.ones(1),
+        "route": Route.split(3),
     }
     block(torch.randn(1, 3, 24), **options)
     assert seen.keys() == options.keys()

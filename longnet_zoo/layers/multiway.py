@@ -1,0 +1,141 @@
+"""Multiway modules: one set of weights per modality, chosen token by token.
+
+In a multiway Transformer (BEiT-3, arXiv 2208.10442; VLMo, arXiv 2111.02358) all tokens attend to
+each other, but linear layers and norms differ between modalities. Which token takes which weights
+is a `Route`, an argument of every call: modules keep no state between calls.
+
+Shape legend: b batch, n seq_len.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Multiway", "Route", "make_multiway", "run_routed"]
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """The modality of every token; make one by `split` or `per_token`.
+
+    Attributes:
+        lengths: Number of tokens of each modality, in the order in which modules take them: per
+            sequence for `split`, over the whole batch for `per_token`.
+        order: Flat indices into (batch, seq_len) that sort tokens by modality; None if they are
+            sorted in every sequence.
+        inverse: The permutation that undoes `order`.
+        shape: The (batch, seq_len) that `order` is for.
+    """
+
+    lengths: tuple[int, ...]
+    order: Tensor | None = None
+    inverse: Tensor | None = None
+    shape: tuple[int, int] | None = None
+
+    @classmethod
+    def split(cls, *lengths: int) -> Route:
+        """Makes the route of sequences that begin with all tokens of modality 0, then 1, ...
+
+        Args:
+            *lengths: Number of tokens of each modality in every sequence; 0 for none.
+
+        Raises:
+            ValueError: If a length is negative.
+        """
+        if not lengths or min(lengths) < 0:
+            raise ValueError(f"lengths must be 0 or more, one per modality, got {lengths}.")
+        return cls(lengths)
+
+    @classmethod
+    def per_token(cls, modalities: Tensor, *, num_modalities: int) -> Route:
+        """Makes the route of sequences whose modalities are mixed in any order.
+
+        Args:
+            modalities: Modality of each token, int64 (batch, seq_len).
+            num_modalities: Number of modalities.
+
+        Raises:
+            ValueError: If it is not (batch, seq_len), or a modality is out of range.
+            TypeError: If `modalities` are not int64.
+        """
+        if modalities.dtype != torch.int64:
+            raise TypeError(f"modalities must be int64, got {modalities.dtype}.")
+        if modalities.ndim != 2 or modalities.numel() == 0:
+            raise ValueError(f"modalities must be (batch, seq_len), got {tuple(modalities.shape)}.")
+        lowest, highest = int(modalities.min()), int(modalities.max())
+        if lowest < 0 or highest >= num_modalities:
+            raise ValueError(
+                f"modalities must be in [0, num_modalities) with num_modalities={num_modalities}, "
+                f"got values from {lowest} to {highest}."
+            )
+        flat = modalities.flatten()
+        order = flat.argsort(stable=True)
+        lengths = flat.bincount(minlength=num_modalities).tolist()
+        batch, seq_len = modalities.shape
+        return cls(tuple(lengths), order, order.argsort(), (batch, seq_len))
+
+
+class Multiway(nn.Module):
+    """One module per modality, each for its own tokens.
+
+    Args:
+        make: Makes the module of one modality; it maps tokens one by one.
+        num_modalities: Number of modalities, at least 2.
+
+    Example:
+        >>> linear = Multiway(lambda: nn.Linear(8, 16), num_modalities=2)
+        >>> y = linear(torch.randn(2, 5, 8), Route.split(3, 2))
+    """
+
+    def __init__(self, make: Callable[[], nn.Module], *, num_modalities: int) -> None:
+        super().__init__()
+        if num_modalities < 2:
+            raise ValueError(f"num_modalities must be at least 2, got {num_modalities}.")
+        self.experts = nn.ModuleList(make() for _ in range(num_modalities))
+
+    def forward(self, x: Tensor, route: Route | None) -> Tensor:
+        """Maps tokens: (batch, seq_len, ...) to (batch, seq_len, ...).
+
+        Args:
+            x: Tokens, (batch, seq_len, ...).
+            route: The modality of every token.
+
+        Raises:
+            ValueError: If there is no route, or it is for other tokens.
+        """
+        if route is None or len(route.lengths) != len(self.experts):
+            got = "None" if route is None else f"one for {len(route.lengths)}"
+            raise ValueError(f"route must be for {len(self.experts)} modalities, got {got}.")
+        batch, seq_len = x.shape[:2]
+        if route.order is None or route.inverse is None:
+            if sum(route.lengths) != seq_len:
+                raise ValueError(
+                    f"route must have one length per modality that add up to seq_len={seq_len}, "
+                    f"got {route.lengths}."
+                )
+            return self._run(x, route.lengths, dim=1)
+        if route.shape != (batch, seq_len):
+            raise ValueError(
+                f"route must be for (batch, seq_len)={(batch, seq_len)}, got one for {route.shape}."
+            )
+        y = self._run(x.flatten(0, 1)[route.order], route.lengths, dim=0)
+        return y[route.inverse].unflatten(0, (batch, seq_len))
+
+    def _run(self, x: Tensor, lengths: tuple[int, ...], *, dim: int) -> Tensor:
+        parts = zip(self.experts, x.split(lengths, dim), strict=True)
+        outs = [expert(part) for expert, part in parts if part.shape[dim] > 0]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim)
+
+
+def make_multiway(make: Callable[[], nn.Module], num_modalities: int) -> nn.Module:
+    """Makes a `Multiway` module, or for a single modality the plain one."""
+    return make() if num_modalities == 1 else Multiway(make, num_modalities=num_modalities)
+
+
+def run_routed(module: nn.Module, x: Tensor, route: Route | None) -> Tensor:
+    """Calls a module that may be multiway: (batch, seq_len, ...) to (batch, seq_len, ...)."""
+    return module(x, route) if isinstance(module, Multiway) else module(x)

@@ -1,0 +1,192 @@
+"""What all models share: a config, a stack, counting, and saving to a folder or the Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
+from safetensors.torch import load_file
+from torch import nn
+
+from longnet_zoo.layers import Multiway, RelativeBias, TransformerStack
+
+from .config import ModelConfig
+
+__all__ = ["ZooModel", "config_from_json", "make_stack"]
+
+_MODEL_KEY = "model"
+ModelT = TypeVar("ModelT", bound="ZooModel")
+
+
+class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
+    """Base of every model: made from a config, with its body as `stack`.
+
+    `save_pretrained`, `from_pretrained` and `push_to_hub` are huggingface_hub's. They keep the
+    config beside the weights; loading is strict, and any option can be changed by keyword:
+    `LongNetLM.from_pretrained(folder, dropout=0.1)`.
+
+    Args:
+        config: The options.
+
+    Raises:
+        TypeError: If the config is that of another family.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    stack: TransformerStack
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise TypeError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, got "
+                f"{type(config).__name__}."
+            )
+        self.config = config
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Chooses whether blocks are recomputed in the backward pass, which saves their memory."""
+        self.stack.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names the parameters for which weight decay makes no sense: norms, biases, positions."""
+        names = {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
+        for module_name, module in self.named_modules():
+            if isinstance(module, RelativeBias):
+                names |= {f"{module_name}.{name}" for name, _ in module.named_parameters()}
+        return names
+
+    def num_params(self) -> int:
+        """Counts the parameters; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops(self, seq_len: int) -> int:
+        """Counts the FLOPs of the stack over one sequence, a multiply-add as two.
+
+        Matrix products of all linear layers, and attention by its attended pairs; norms,
+        activations and softmax are left out.
+
+        Args:
+            seq_len: Number of tokens.
+        """
+        config = self.config
+        attention, _ = config.pattern.flops(
+            seq_len, config.num_heads, config.head_dim, is_causal=config.is_causal
+        )
+        return 2 * _linear_weights(self.stack) * seq_len + config.num_layers * attention
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        # The config of today: a replaced head has changed it since the model was made.
+        content = {_MODEL_KEY: type(self).__name__, **asdict(self.config)}
+        path = save_directory / constants.CONFIG_NAME
+        path.write_text(json.dumps(content, sort_keys=True, indent=2) + "\n")
+
+    @classmethod
+    def _from_pretrained(
+        cls: type[ModelT],
+        *,
+        model_id: str,
+        config: Mapping[str, Any] | ModelConfig | None = None,
+        map_location: str = "cpu",
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        **options: Any,
+    ) -> ModelT:
+        if config is None:
+            raise FileNotFoundError(
+                f"{model_id!r} has no {constants.CONFIG_NAME}, so its sizes are unknown. Use "
+                "longnet_zoo.create_model(name, pretrained=...), or pass config=..."
+            )
+        if not isinstance(config, ModelConfig):
+            config = config_from_json(cls, config)
+        path = Path(model_id, constants.SAFETENSORS_SINGLE_FILE)
+        if not Path(model_id).is_dir():
+            path = Path(
+                hf_hub_download(
+                    model_id,
+                    constants.SAFETENSORS_SINGLE_FILE,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
+            )
+        model = cls(replace(config, **options))
+        model.load_state_dict(load_file(path, device=map_location), strict=True)
+        return model.to(map_location).eval()
+
+
+def config_from_json(model_class: type[ZooModel], content: Mapping[str, Any]) -> ModelConfig:
+    """Makes the config of a model from what `save_pretrained` wrote.
+
+    Args:
+        model_class: The model to make the config for.
+        content: The content of `config.json`.
+
+    Returns:
+        A config of `model_class.config_class`.
+
+    Raises:
+        ValueError: If it is the config of another model, or has a field that is unknown.
+    """
+    known = {field.name for field in fields(model_class.config_class)}
+    # JSON has no tuples.
+    options: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in content.items()
+        if key != _MODEL_KEY
+    }
+    unknown = sorted(options.keys() - known)
+    if content.get(_MODEL_KEY) != model_class.__name__ or unknown:
+        raise ValueError(
+            f"{constants.CONFIG_NAME} must be one of {model_class.__name__}, got "
+            f"{_MODEL_KEY}={content.get(_MODEL_KEY)!r} and the unknown fields {unknown}."
+        )
+    return model_class.config_class(**options)
+
+
+def make_stack(config: ModelConfig, **options: Any) -> TransformerStack:
+    """Makes the stack that a config describes.
+
+    Args:
+        config: The options that all models have.
+        **options: Options of `TransformerStack` that only some models have, such as `position`.
+    """
+    return TransformerStack(
+        embed_dim=config.embed_dim,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        ffn_dim=config.ffn_dim or 4 * config.embed_dim,
+        pattern=config.pattern,
+        is_causal=config.is_causal,
+        num_kv_heads=config.num_kv_heads,
+        norm=config.norm,
+        activation=config.activation,
+        qk_norm=config.qk_norm,
+        bias=config.bias,
+        dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
+        activation_dropout=config.activation_dropout,
+        drop_path=config.drop_path,
+        eps=config.eps,
+        backend=config.backend,
+        **options,
+    )
+
+
+def _linear_weights(module: nn.Module) -> int:
+    """Counts the entries of the matrices that one token is multiplied with."""
+    if isinstance(module, nn.Linear):
+        return module.weight.numel()
+    if isinstance(module, Multiway):  # a token takes one of the experts, all of one size
+        return _linear_weights(module.experts[0])
+    return sum(_linear_weights(child) for child in module.children())

@@ -1,0 +1,105 @@
+"""Key tables: published names to ours, and back by the inverse of the same table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from longnet_zoo.models import ZooModel
+
+__all__ = [
+    "TORCHSCALE_LAYER_NAMES",
+    "Converter",
+    "layer_names",
+    "parameter_names",
+    "published_names",
+    "rename",
+]
+
+# Published name -> ours, for the modules of one layer of torchscale.
+TORCHSCALE_LAYER_NAMES = {
+    "self_attn.q_proj": "attention.q_proj",
+    "self_attn.k_proj": "attention.k_proj",
+    "self_attn.v_proj": "attention.v_proj",
+    "self_attn.out_proj": "attention.out_proj",
+    "self_attn.inner_attn_ln": "attention.inner_norm",
+    "self_attn_layer_norm": "attention_norm",
+    "ffn.fc1": "feed_forward.fc1",
+    "ffn.fc2": "feed_forward.fc2",
+    "ffn.ffn_layernorm": "feed_forward.inner_norm",
+    "final_layer_norm": "ffn_norm",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converter:
+    """How the weights of one family were published.
+
+    Attributes:
+        is_published: Whether a state dict has the published names rather than ours.
+        from_published: Published state dict and our config to our state dict; raises ValueError
+            with all keys that have no counterpart.
+        to_published: The way back, for a model; raises NotImplementedError for options that the
+            published code does not have.
+        options: Options that published weights were trained with, where a new model has others.
+    """
+
+    is_published: Callable[[Mapping[str, Tensor]], bool]
+    from_published: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
+    to_published: Callable[[Any], dict[str, Tensor]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def layer_names(num_layers: int, *, published: str, ours: str) -> dict[str, str]:
+    """Lists the modules of all layers: published name -> ours.
+
+    Args:
+        num_layers: Number of layers.
+        published: What stands before the number of a layer, such as `"encoder.layers"`.
+        ours: The same in our models, such as `"stack.blocks"`.
+    """
+    return {
+        f"{published}.{layer}.{theirs}": f"{ours}.{layer}.{name}"
+        for layer in range(num_layers)
+        for theirs, name in TORCHSCALE_LAYER_NAMES.items()
+    }
+
+
+def parameter_names(modules: Mapping[str, str]) -> dict[str, str]:
+    """Adds `.weight` and `.bias` to the names of modules that have both."""
+    return {
+        f"{published}.{parameter}": f"{ours}.{parameter}"
+        for published, ours in modules.items()
+        for parameter in ("weight", "bias")
+    }
+
+
+def rename(
+    state_dict: Mapping[str, Tensor], names: Mapping[str, str], *, family: str
+) -> dict[str, Tensor]:
+    """Renames every key of a state dict by a table.
+
+    Args:
+        state_dict: Tensors by name.
+        names: Old name -> new name.
+        family: What to call the weights in an error.
+
+    Raises:
+        ValueError: If keys are not in the table; the message has all of them.
+    """
+    unknown = sorted(state_dict.keys() - names.keys())
+    if unknown:
+        raise ValueError(
+            f"{family} weights have {len(unknown)} keys without a counterpart in this model: "
+            f"{', '.join(unknown)}. Create the model with the options they were trained with."
+        )
+    return {names[key]: tensor for key, tensor in state_dict.items()}
+
+
+def published_names(model: ZooModel, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Renames the weights of a model back, by the inverse of the table; memory is shared."""
+    inverse = {ours: published for published, ours in names.items()}
+    return {inverse[key]: tensor for key, tensor in model.state_dict().items()}
