@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist wor
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-fast lint format bench clean FORCE
+.PHONY: help setup train vision slides test test-fast lint format bench clean FORCE
 
 help: ## List the targets
 	@echo "Usage: make TARGET [PYTHON=python3.12] [VENV=.venv] [ARGS=...]"
@@ -26,6 +26,12 @@ setup: $(VENV)/.ready ## Set up the virtual environment; every other target does
 
 train: $(VENV)/.ready ## Train longnet_lm_tiny on the standard library and write a report
 	$(RUN) -m recipes.text_lm fit --config $(CONFIG) $(ARGS)
+
+vision: $(VENV)/.ready ## Train a small LongViT on handwritten digits, pixel by pixel
+	$(RUN) -m recipes.image_classification fit --config configs/vision/digits_quickstart.yaml $(ARGS)
+
+slides: $(VENV)/.ready ## Train a slide encoder on a real slide region, with two baselines beside it
+	$(RUN) -m recipes.slide_classification fit --config configs/slides/quickstart.yaml $(ARGS)
 
 test: lint ## Run every check: ruff, mypy, all tests
 	$(PYTEST) $(ARGS)
@@ -54,7 +60,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(VENV)/.python
 	@rm -f $@
 	@echo "set-up 2/2: packages into $(VENV) (2 to 10 minutes; torch alone is over 2 GB with CUDA)"
 	@$(RUN) -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_FLAGS) \
-	    --editable ".[train,dev]" --constraint constraints.txt \
+	    --editable ".[train,slides,dev]" --constraint constraints.txt \
 	    || { echo "error: pip could not install the packages; its message is above. Cure it and repeat." >&2; exit 1; }
 	@touch $@
 	@echo "set-up done: it is repeated only when pyproject.toml, constraints.txt or the Python change"

@@ -21,6 +21,7 @@ ALLOWED = {
     "models": {"ops", "layers", "registry"},
     "weights": {"ops", "models", "registry"},
     "factory": {"ops", "models", "weights", "parallel", "registry"},
+    "timm_registry": {"models", "weights", "factory", "registry"},
     "planner": {"ops", "models", "factory", "registry"},
     "interop": {"ops", "layers", "models", "weights", "factory", "registry"},
     "plot": {"ops"},
@@ -34,6 +35,7 @@ ORACLE_MAY_IMPORT = {"longnet_zoo.ops.pattern"}
 OPTIONAL = {
     "datasets",
     "flash_attn",
+    "h5py",
     "jsonargparse",
     "lightning",
     "matplotlib",

@@ -20,7 +20,13 @@ from longnet_zoo.ops.positions import apply_rotary
 from .multiway import Route, make_multiway, run_routed
 from .positions import AlibiBias, RelativeBias, RotaryEmbedding
 
-__all__ = ["DilatedAttention", "Position", "check_attention_options", "make_position_bias"]
+__all__ = [
+    "DilatedAttention",
+    "Position",
+    "check_attention_options",
+    "make_position_bias",
+    "make_rotary",
+]
 
 Position = Literal["xpos", "rotary", "alibi", "relative"]
 
@@ -117,11 +123,7 @@ class DilatedAttention(nn.Module):
         self.q_norm = make(partial(norm, self.head_dim)) if qk_norm else None
         self.k_norm = make(partial(norm, self.head_dim)) if qk_norm else None
         self.inner_norm = make(partial(norm, embed_dim)) if sub_ln else None
-        self.rotary = (
-            RotaryEmbedding(head_dim=self.head_dim, base=rotary_base)
-            if position in ("xpos", "rotary")
-            else None
-        )
+        self.rotary = make_rotary(position, self.head_dim, rotary_base)
         self.position_bias = make_position_bias(
             position, num_heads, relative_buckets, relative_max_distance, is_causal
         )
@@ -223,6 +225,11 @@ class DilatedAttention(nn.Module):
             raise ValueError(
                 f"position_bias needs position=None, this layer has position={self.position!r}."
             )
+
+
+def make_rotary(position: Position | None, head_dim: int, base: float) -> RotaryEmbedding | None:
+    """Makes the rotary module of a kind of position, or None for kinds without one."""
+    return RotaryEmbedding(head_dim=head_dim, base=base) if position in ("xpos", "rotary") else None
 
 
 def make_position_bias(

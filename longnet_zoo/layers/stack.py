@@ -6,7 +6,7 @@ Shape legend: b batch, n seq_len, e embed_dim.
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from longnet_zoo.ops.pattern import DilatedPattern
 
-from .attention import DilatedAttention, Position, make_position_bias
+from .attention import DilatedAttention, Position, make_position_bias, make_rotary
 from .block import Norm, TransformerBlock
 from .feed_forward import Activation, FeedForward
 from .initialization import initialize_weights, residual_gain, residual_scale
 from .multiway import Route, make_multiway, run_routed
-from .positions import RotaryEmbedding
 
 __all__ = ["TransformerStack"]
 
@@ -94,31 +93,28 @@ class TransformerStack(nn.Module):
         self.embed_dim = embed_dim
         self.num_modalities = num_modalities
         self.grad_checkpointing = False
-        is_sub_ln, is_rotary = norm == "sub_ln", position in ("xpos", "rotary")
         gain, scale = _gain_and_scale(norm, is_causal, num_layers)
-        attend = partial(DilatedAttention, embed_dim=embed_dim, num_heads=num_heads, bias=bias)
+        # The stack owns the one bias module of all layers.
+        own_position = None if position in ("alibi", "relative") else position
+        shared: dict[str, Any] = {"sub_ln": norm == "sub_ln", "bias": bias, "eps": eps}
+        attend = partial(DilatedAttention, embed_dim=embed_dim, num_heads=num_heads, **shared)
         attend = partial(attend, pattern=pattern, is_causal=is_causal, num_kv_heads=num_kv_heads)
         attend = partial(attend, rotary_base=rotary_base, xpos_scale_base=xpos_scale_base)
         attend = partial(attend, qk_norm=qk_norm, dropout=attention_dropout, backend=backend)
-        # The stack owns the one bias module of all layers.
-        own_position = None if position in ("alibi", "relative") else position
-        attend = partial(attend, position=own_position, sub_ln=is_sub_ln, eps=eps)
-        attend = partial(attend, num_modalities=num_modalities)
+        attend = partial(attend, position=own_position, num_modalities=num_modalities)
         feed = partial(FeedForward, embed_dim=embed_dim, ffn_dim=ffn_dim, activation=activation)
-        feed = partial(feed, dropout=activation_dropout, bias=bias, sub_ln=is_sub_ln, eps=eps)
+        feed = partial(feed, dropout=activation_dropout, **shared)
+        make_feed = partial(make_multiway, feed, num_modalities)
         make_block = partial(TransformerBlock, embed_dim=embed_dim, norm=norm, residual_scale=scale)
         make_block = partial(make_block, dropout=dropout, eps=eps, num_modalities=num_modalities)
         self.blocks = nn.ModuleList(
-            make_block(
-                attention=attend(), feed_forward=make_multiway(feed, num_modalities), drop_path=rate
-            )
+            make_block(attention=attend(), feed_forward=make_feed(), drop_path=rate)
             for rate in _linear_rates(drop_path, num_layers)
         )
-        self.norm: nn.Module | None = None
-        if final_norm and norm != "deepnorm":
-            self.norm = make_multiway(partial(nn.LayerNorm, embed_dim, eps=eps), num_modalities)
-        head_dim = embed_dim // num_heads
-        self.rotary = RotaryEmbedding(head_dim=head_dim, base=rotary_base) if is_rotary else None
+        last_norm = partial(nn.LayerNorm, embed_dim, eps=eps)
+        has_norm = final_norm and norm != "deepnorm"
+        self.norm = make_multiway(last_norm, num_modalities) if has_norm else None
+        self.rotary = make_rotary(position, embed_dim // num_heads, rotary_base)
         self.position_bias = make_position_bias(
             position, num_heads, relative_buckets, relative_max_distance, is_causal
         )

@@ -1,4 +1,4 @@
-"""What holds for every registered model, made small by its options."""
+"""What holds for every registered text model, made small by its options."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from longnet_zoo.factory import create_model, list_models, model_info
 from longnet_zoo.weights import load_state_dict
 
-NAMES = list_models()
+NAMES = list_models(modality="text")
 VOCAB_SIZE, EMBED_DIM, SEQ_LEN = 61, 24, 43
 # Awkward on purpose: no segment divides the length, rates do not divide segments or heads.
 SMALL = {
