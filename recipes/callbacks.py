@@ -1,8 +1,11 @@
 """Callbacks that every recipe uses: exact resumption, the last checkpoint, throughput."""
 
 import random
+import signal
+import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -54,10 +57,11 @@ class ExactResumption(Callback):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps `checkpoints/last.ckpt`: every so many steps, and when training ends for any reason.
+    """Keeps `checkpoints/last.ckpt`: every so many steps, at SIGTERM, and when training ends.
 
     Lightning's own class leaves out the steps after the last multiple, and appends -v1, -v2, ...
-    when a recipe runs again.
+    when a recipe runs again. Lightning itself stops at SIGTERM without saving, also between two
+    batches whose gradients add up.
 
     Args:
         every_n_train_steps: Optimizer steps between two checkpoints.
@@ -71,16 +75,47 @@ class LastCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
+        self._is_terminated = self._may_stop = False
+        self._step = 0
 
     @property
     def state_key(self) -> str:
         """Names the state, so that a resumed run may save more or less often."""
         return "LastCheckpoint"
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes SIGTERM over from Lightning, which puts its handler back at the end."""
+        super().on_train_start(trainer, pl_module)
+        self._step = trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stops after SIGTERM, when the step before is saved, validated and logged."""
+        if self._may_stop:
+            raise SIGTERMException
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Saves if it is time, and after SIGTERM at the end of an optimizer step."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        has_stepped, self._step = trainer.global_step != self._step, trainer.global_step
+        # The signal may reach one process only.
+        if has_stepped and trainer.strategy.reduce_boolean_decision(self._is_terminated, all=False):
+            self._save(trainer)
+            self._may_stop = True
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves what came after the last multiple."""
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._save(trainer)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -91,6 +126,13 @@ class LastCheckpoint(ModelCheckpoint):
             saved = self.last_model_path
             print(f"Resume {saved} with --ckpt_path last." if saved else "Nothing is saved yet.")
 
+    def _on_sigterm(self, signum: int, frame: Any) -> None:
+        self._is_terminated = True
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
 
 class Throughput(Callback):
     """Logs `tokens_per_second` of training, without validation, over the last steps.
@@ -99,11 +141,21 @@ class Throughput(Callback):
 
     Args:
         window: Batches to average over.
+        unit: What is counted, as in `tokens_per_second`.
+        count: Returns how many of it a batch holds; None counts the elements of `tokens`.
     """
 
-    def __init__(self, *, window: int = 10) -> None:
+    def __init__(
+        self,
+        *,
+        window: int = 10,
+        unit: str = "tokens",
+        count: Callable[[Any], int] | None = None,
+    ) -> None:
         if window < 1:
             raise ValueError(f"window must be 1 or more, got {window}.")
+        self._name = f"{unit}_per_second"
+        self._count = count or (lambda batch: batch["tokens"].numel())
         self.train_seconds = 0.0
         self._last: float | None = None
         self._recent: deque[tuple[float, int]] = deque(maxlen=window)
@@ -128,9 +180,9 @@ class Throughput(Callback):
         assert self._last is not None
         seconds, self._last = now - self._last, now
         self.train_seconds += seconds
-        self._recent.append((seconds, batch["tokens"].numel() * trainer.world_size))
-        elapsed, tokens = (sum(column) for column in zip(*self._recent, strict=True))
-        pl_module.log("tokens_per_second", tokens / elapsed)
+        self._recent.append((seconds, self._count(batch) * trainer.world_size))
+        elapsed, number = (sum(column) for column in zip(*self._recent, strict=True))
+        pl_module.log(self._name, number / elapsed)
         pl_module.log("train_seconds", self.train_seconds)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

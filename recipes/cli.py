@@ -4,20 +4,23 @@
 - `--ckpt_path last` finds the run's own checkpoint; `validate`, `test` and `predict` take it by
   default and never evaluate an untrained model in silence.
 - A checkpoint that is damaged or of another model is one error, before any data is read.
-- Everything lies in `trainer.default_root_dir`, and a recipe may run in it again (`run_folder`).
+- Everything lies in `trainer.default_root_dir`, and a recipe may run in it again (`run_folder`);
+  nothing there is touched before the data has been read.
 - What our own code or Lightning refuses is reported without a traceback; a bug keeps its traceback.
 """
 
 import linecache
 import logging
+import re
 import signal
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,7 +29,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 import longnet_zoo
 from recipes.checkpoints import check_state_dict, last_checkpoint, read_checkpoint
 from recipes.progress import LineProgress, StepBar
-from recipes.run_folder import CurveLogger, make_room
+from recipes.run_folder import CurveLogger, check_resumed_folder, make_room
 
 __all__ = ["RecipeCLI", "run"]
 
@@ -84,7 +87,8 @@ class RecipeCLI(LightningCLI):
                 # Steps or time end a run here; Lightning's default is 1,000 epochs.
                 "max_epochs": -1,
             },
-            save_config_callback=_SaveConfig,
+            parser_class=_Parser,
+            save_config_callback=_OpenRunFolder,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             # A task stores plain values, the same from here and from Python.
@@ -99,7 +103,7 @@ class RecipeCLI(LightningCLI):
         """Leaves the configuration alone.
 
         Lightning's own method overwrites it with what the checkpoint remembers, so that
-        `--model.lr` and the configuration file would count for nothing.
+        `--model.optimization.lr` and the configuration file would count for nothing.
         """
 
     def before_instantiate_classes(self) -> None:
@@ -119,10 +123,14 @@ class RecipeCLI(LightningCLI):
             self._checkpoint = read_checkpoint(path)
 
     def after_instantiate_classes(self) -> None:
-        """Compares the checkpoint with the model."""
-        if self._checkpoint is not None:
-            check_state_dict(self.model.state_dict(), self._checkpoint["state_dict"])
-            self._checkpoint = None
+        """Compares the checkpoint with the model and its optimizer."""
+        checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is None:
+            return
+        check_state_dict(self.model.state_dict(), checkpoint["state_dict"])
+        saved = checkpoint.get("hyper_parameters", {}).get("optimization")
+        if self.subcommand == "fit" and saved is not None:
+            self.model.optimization.check_resumed(saved)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Adds what a training needs to be followed, unless the configuration says otherwise."""
@@ -130,7 +138,8 @@ class RecipeCLI(LightningCLI):
         callbacks = options["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if options["logger"] in (None, True):
-            kwargs["logger"] = self._loggers(options) if self.subcommand == "fit" else False
+            run_dir = options["default_root_dir"]
+            kwargs["logger"] = CurveLogger(run_dir) if self.subcommand == "fit" else False
         if options["enable_model_summary"] is None:
             # It lists a single module; a line of ours says more.
             kwargs["enable_model_summary"] = False
@@ -142,28 +151,40 @@ class RecipeCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Makes room for the run, and says what is going to be trained."""
+        """Says what is going to be trained, and refuses to resume where the next run overwrites."""
         if rank_zero_only.rank != 0:
             return
         config = self.config[self.subcommand]
         run_dir = config["trainer"]["default_root_dir"]
-        if not config["trainer"]["fast_dev_run"]:
-            # Not in a callback: Lightning starts the loggers before all of them.
-            previous = make_room(run_dir, ckpt_path=config["ckpt_path"])
-            if previous is not None:
-                print(f"The run before lies in {previous} now.")
+        check_resumed_folder(run_dir, ckpt_path=config["ckpt_path"])
         name, size = self.model.hparams["model_name"], self.model.model.num_params()
         print(f"Training {name}, {size:,} parameters, in {run_dir}")
 
+    def after_fit(self) -> None:
+        """Says so where time ended the run, since a run that resumes has no time left either."""
+        trainer, max_time = self.trainer, self._get(self.config, "trainer")["max_time"]
+        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]
+        is_late = max_time is not None and any((x.time_remaining() or 0) <= 0 for x in timers)
+        if is_late and trainer.is_global_zero and trainer.global_step != trainer.max_steps:
+            print(
+                f"trainer.max_time={max_time} is used up, at step {trainer.global_step:,}. To go "
+                "on, raise it and pass --ckpt_path last."
+            )
+
     def predict(self, *, datamodule: L.LightningDataModule, **kwargs: Any) -> None:
-        """Runs `Trainer.predict` on the task's own prompts; of the data only the tokenizer counts.
+        """Runs `Trainer.predict`.
+
+        A task with prompts of its own takes only the tokenizer of the data, which is not read.
 
         Args:
             datamodule: Data module of the recipe.
             kwargs: Other arguments of `Trainer.predict`.
         """
-        self.model.attach_tokenizer(datamodule.tokenizer)
-        self.trainer.predict(**kwargs)
+        if hasattr(self.model, "attach_tokenizer"):
+            self.model.attach_tokenizer(datamodule.tokenizer)
+            self.trainer.predict(**kwargs)
+        else:
+            self.trainer.predict(datamodule=datamodule, **kwargs)
 
     def _find_checkpoint(self, config: Any) -> str | None:
         """Returns the path of the checkpoint to load, or None to start from new weights."""
@@ -188,37 +209,66 @@ class RecipeCLI(LightningCLI):
                 print(f"The run before has one: {previous}")
         return None
 
-    def _loggers(self, options: Any) -> list[L.pytorch.loggers.Logger]:
-        run_dir = options["default_root_dir"]
-        # No version folders: the run folder is the version (see run_folder).
-        tensorboard = TensorBoardLogger(
-            Path(run_dir, "tensorboard"), name="", version="", default_hp_metric=False
-        )
-        return [CurveLogger(run_dir), tensorboard]
+
+class _Parser(LightningArgumentParser):
+    """A parser whose errors are not hidden below a list of all options."""
+
+    def format_usage(self) -> str:
+        command = self.prog.replace(" [options]", "")
+        return f"usage: {command} [--help] [--config FILE] [--OPTION VALUE ...]\n"
 
 
-class _SaveConfig(SaveConfigCallback):
-    """Writes config.yaml when training, and leaves that of the training alone otherwise."""
+class _OpenRunFolder(SaveConfigCallback):
+    """Makes room for a training, and writes config.yaml, when its data has been read."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Does nothing yet."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        run_dir = trainer.default_root_dir
+        # Whoever resumes this run names the checkpoint that is the last by then.
+        ckpt_path = self.config.pop("ckpt_path")
+        if trainer.is_global_zero:
+            moved = make_room(run_dir, ckpt_path=ckpt_path)
+            if moved is not None:
+                print(moved)
+        super().setup(trainer, pl_module, "fit")
+        if any(isinstance(logger, CurveLogger) for logger in trainer.loggers):
+            # It opens its file at once, so it may not be there before. No version folders: the
+            # run folder is the version.
+            tensorboard = TensorBoardLogger(
+                Path(run_dir, "tensorboard"), name="", version="", default_hp_metric=False
+            )
+            trainer.loggers = [*trainer.loggers, tensorboard]
 
 
 def _report(error: Exception) -> NoReturn:
     """Prints an error that our code or Lightning raised on purpose, raises any other."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    if traceback is None:
-        raise error
-    file, line = Path(traceback.tb_frame.f_code.co_filename), traceback.tb_lineno
+    text, file, line = _origin(error)
     is_ours = any(file.is_relative_to(folder) for folder in _OUR_FOLDERS)
     is_refusal = is_ours and linecache.getline(str(file), line).lstrip().startswith("raise ")
     if not is_refusal and not isinstance(error, MisconfigurationException):
         raise error
-    print(f"error: {error} ({file.name}:{line})", file=sys.stderr)
+    print(f"error: {text} ({file.name}:{line})", file=sys.stderr)
     raise SystemExit(2) from None
+
+
+def _origin(error: Exception) -> tuple[str, Path, int]:
+    """Returns the message of an error, and the file and line that raised it."""
+    text = str(error)
+    # A loader's worker process hands its traceback over as text.
+    found = _TRACE_LINE.split(text)[-3:] if _FROM_WORKER.match(text) else []
+    if len(found) == 3:
+        file, line, rest = found
+        name = rf"^[\w.]*{re.escape(type(error).__name__)}: "
+        text = re.split(name, rest, maxsplit=1, flags=re.MULTILINE)[-1].strip()
+        return text, Path(file), int(line)
+    frame, number = list(traceback.walk_tb(error.__traceback__))[-1]
+    return text, Path(frame.f_code.co_filename), number
+
+
+_FROM_WORKER = re.compile(r"Caught \w+ in DataLoader worker process")
+_TRACE_LINE = re.compile(r'^  File "(.+)", line (\d+), in ', re.MULTILINE)
 
 
 # Parts of messages that are advertisement, or of no concern on this machine.
@@ -236,6 +286,8 @@ def _quieten() -> None:
         logging.getLogger(name).addFilter(_is_worth_reading)
     # Lightning 2.6 asks PyTorch's pytrees in a way that newer PyTorch versions deprecate.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.")
+    # The checkpoints that are there move when the new run begins.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     # Whoever holds nothing out knows that there is no validation.
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
 

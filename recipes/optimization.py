@@ -8,10 +8,11 @@ The schedule is a function of the optimizer step alone, so a resumed run continu
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from timm.optim import Muon
+from timm.optim import Muon, param_groups_layer_decay
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -19,6 +20,7 @@ __all__ = [
     "OptimizationConfig",
     "WarmupDecay",
     "decay_groups",
+    "layer_decay_groups",
     "learning_rate_factor",
     "muon_groups",
 ]
@@ -30,8 +32,11 @@ class OptimizationConfig:
 
     Attributes:
         optimizer: "adamw" or "muon".
-        muon_adamw_lr_scale: What Muon leaves to AdamW learns at `lr` times this.
+        muon_adamw_lr_scale: What Muon leaves to AdamW learns at `lr` times this; None means 0.5.
+            For "muon" only.
         lr: Highest learning rate, reached at the end of the warm-up.
+        layer_decay: Each block learns at this times the rate of the block behind it, and the head
+            at `lr`; 1 for the same rate everywhere. For "adamw" only.
         weight_decay: Decoupled weight decay of the matrices; vectors (biases, gains) get none.
         betas: AdamW's averaging factors of the gradient and of its square.
         eps: Term against division by zero.
@@ -44,8 +49,9 @@ class OptimizationConfig:
     """
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    muon_adamw_lr_scale: float = 0.5
+    muon_adamw_lr_scale: float | None = None
     lr: float = 1e-3
+    layer_decay: float = 1.0
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
@@ -61,12 +67,11 @@ class OptimizationConfig:
             "optimizer must be 'adamw' or 'muon'",
             optimizer=self.optimizer,
         )
-        _require(
-            self.muon_adamw_lr_scale > 0,
-            "muon_adamw_lr_scale must be positive",
-            muon_adamw_lr_scale=self.muon_adamw_lr_scale,
-        )
+        self._check_muon()
         _require(self.lr > 0, "lr must be positive", lr=self.lr)
+        _require(
+            0 < self.layer_decay <= 1, "layer_decay must be in (0, 1]", layer_decay=self.layer_decay
+        )
         _require(
             self.weight_decay >= 0, "weight_decay must be 0 or more", weight_decay=self.weight_decay
         )
@@ -97,6 +102,53 @@ class OptimizationConfig:
             warmup_steps=self.warmup_steps,
         )
 
+    def _check_muon(self) -> None:
+        is_muon, scale = self.optimizer == "muon", self.muon_adamw_lr_scale
+        _require(
+            scale is None or is_muon,
+            "muon_adamw_lr_scale is for optimizer='muon'",
+            optimizer=self.optimizer,
+            muon_adamw_lr_scale=scale,
+        )
+        _require(
+            scale is None or scale > 0,
+            "muon_adamw_lr_scale must be positive",
+            muon_adamw_lr_scale=scale,
+        )
+        _require(
+            self.layer_decay == 1 or not is_muon,
+            "layer_decay is for optimizer='adamw'",
+            optimizer=self.optimizer,
+            layer_decay=self.layer_decay,
+        )
+
+    @classmethod
+    def of(cls, options: "OptimizationConfig | Mapping[str, Any]") -> "OptimizationConfig":
+        """Returns the settings, which a checkpoint holds as a dict."""
+        return options if isinstance(options, cls) else cls(**options)
+
+    def check_resumed(self, saved: "OptimizationConfig | Mapping[str, Any]") -> None:
+        """Refuses to go on with the state of an optimizer of another kind.
+
+        Args:
+            saved: Settings of the run that wrote the checkpoint.
+
+        Raises:
+            ValueError: The optimizer is another one, or only one of the two has layer decay.
+        """
+        old = self.of(saved)
+        for name, is_other in (
+            ("optimizer", self.optimizer != old.optimizer),
+            ("layer_decay", (self.layer_decay < 1) != (old.layer_decay < 1)),
+        ):
+            if is_other:
+                now, then = getattr(self, name), getattr(old, name)
+                raise ValueError(
+                    "a run resumes with the kind of optimizer that it began with, got "
+                    f"model.optimization.{name}={now!r} and a checkpoint of {name}={then!r}. Pass "
+                    f"--model.optimization.{name} {then}, or start anew without ckpt_path."
+                )
+
     def build(self, model: nn.Module, *, run_steps: float) -> dict[str, Any]:
         """Makes what `LightningModule.configure_optimizers` returns.
 
@@ -116,7 +168,7 @@ class OptimizationConfig:
         if math.isinf(total_steps):
             raise ValueError(
                 "the decay of the learning rate needs an end, got decay_steps=None and a run "
-                "without a number of steps. Set model.decay_steps or trainer.max_steps."
+                "without a number of steps. Set optimization.decay_steps or trainer.max_steps."
             )
         optimizer = self._make_optimizer(model)
         schedule = WarmupDecay(optimizer, config=self, total_steps=int(total_steps))
@@ -127,14 +179,17 @@ class OptimizationConfig:
 
     def _make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         if self.optimizer == "adamw":
-            groups = decay_groups(model, self.weight_decay)
+            if self.layer_decay == 1:
+                groups = decay_groups(model, self.weight_decay)
+            else:
+                groups = layer_decay_groups(model, config=self)
             return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
         return Muon(
             muon_groups(model, self.weight_decay),
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
-            fallback_lr_scale=self.muon_adamw_lr_scale,
+            fallback_lr_scale=0.5 if self.muon_adamw_lr_scale is None else self.muon_adamw_lr_scale,
         )
 
 
@@ -174,24 +229,48 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Adds to `decay_groups` which parameters Muon leaves to AdamW: embeddings and vectors."""
+    """Adds to `decay_groups` which parameters Muon leaves to AdamW: embeddings, and no matrices."""
     embeddings = {
         id(parameter)
         for module in model.modules()
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters()
     }
-    groups = []
-    for group in decay_groups(model, weight_decay):
-        for is_fallback in (False, True):
-            parameters = [
-                parameter
-                for parameter in group["params"]
-                if (parameter.ndim < 2 or id(parameter) in embeddings) == is_fallback
-            ]
-            if parameters:
-                groups.append({**group, "params": parameters, "use_fallback": is_fallback})
-    return groups
+    matrices, others = decay_groups(model, weight_decay)
+    # Position tables and class tokens, which a model exempts from weight decay, are no matrices.
+    groups = [{**others, "use_fallback": True}]
+    for is_fallback in (True, False):
+        parameters = [p for p in matrices["params"] if (id(p) in embeddings) == is_fallback]
+        groups.insert(0, {**matrices, "params": parameters, "use_fallback": is_fallback})
+    return [group for group in groups if group["params"]]
+
+
+def layer_decay_groups(model: nn.Module, *, config: OptimizationConfig) -> list[dict[str, Any]]:
+    """Splits the trainable parameters by block and weight decay, each with its learning rate.
+
+    Args:
+        model: Its `group_matcher()`, in timm's form, tells the blocks from front to head.
+        config: The settings.
+
+    Returns:
+        The groups; what lies d blocks before the head learns at `lr * layer_decay**d`.
+
+    Raises:
+        ValueError: The model does not say which block a parameter belongs to.
+    """
+    if not hasattr(model, "group_matcher"):
+        raise ValueError(
+            "layer_decay below 1 needs a model with group_matcher(), got "
+            f"layer_decay={config.layer_decay} and {type(model).__name__}. Pass layer_decay=1.0."
+        )
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    groups = param_groups_layer_decay(
+        model,
+        weight_decay=config.weight_decay,
+        no_weight_decay_list=exempt,
+        layer_decay=config.layer_decay,
+    )
+    return [{"lr": config.lr * group.pop("lr_scale"), **group} for group in groups]
 
 
 class WarmupDecay(LambdaLR):

@@ -216,6 +216,7 @@ def _table(rows: Mapping[str, Any]) -> str:
 def _settings(trainer: L.Trainer, task: L.LightningModule) -> dict[str, Any]:
     data, settings = trainer.datamodule, dict(task.hparams)
     options = settings.pop("model_options") or {}
+    optimization = settings.pop("optimization")
     model = {
         "model_name": settings.pop("model_name"),
         **{f"model_options.{name}": value for name, value in options.items()},
@@ -229,7 +230,7 @@ def _settings(trainer: L.Trainer, task: L.LightningModule) -> dict[str, Any]:
         "precision": trainer.precision,
         "gradient_clip_val": trainer.gradient_clip_val,
     }
-    return {**model, **settings, **run}
+    return {**model, **settings, **optimization, **run}
 
 
 def _corpus(data: L.LightningDataModule) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-__all__ = ["CurveLogger", "make_room", "read_curves"]
+__all__ = ["CurveLogger", "check_resumed_folder", "make_room", "read_curves"]
 
 # Only these are moved, in case somebody trains in a folder that holds other things.
 _ENTRIES = (
@@ -90,7 +90,26 @@ class CurveLogger(Logger):
             csv.DictWriter(file, self._columns, restval="").writerow(row)
 
 
-def make_room(run_dir: str | Path, *, ckpt_path: str | Path | None) -> Path | None:
+def check_resumed_folder(run_dir: str | Path, *, ckpt_path: str | Path | None) -> None:
+    """Refuses to resume a run that the next one would overwrite.
+
+    Args:
+        run_dir: Folder of the run.
+        ckpt_path: Checkpoint that is resumed, if any.
+
+    Raises:
+        ValueError: The checkpoint belongs to the run in `previous/`.
+    """
+    previous = Path(run_dir, "previous")
+    if ckpt_path is not None and previous.resolve() in Path(ckpt_path).resolve().parents:
+        raise ValueError(
+            f"a run resumes in its own folder, got ckpt_path={str(ckpt_path)!r} and "
+            f"trainer.default_root_dir={str(run_dir)!r}, whose next run replaces {previous}. Move "
+            "that folder elsewhere, and pass its new place as trainer.default_root_dir."
+        )
+
+
+def make_room(run_dir: str | Path, *, ckpt_path: str | Path | None) -> str | None:
     """Moves the run before into `previous/`, unless the new one resumes it.
 
     Args:
@@ -98,22 +117,12 @@ def make_room(run_dir: str | Path, *, ckpt_path: str | Path | None) -> Path | No
         ckpt_path: Checkpoint that is resumed, if any.
 
     Returns:
-        Where the run before lies now; None if nothing was moved.
-
-    Raises:
-        ValueError: The checkpoint belongs to the run in `previous/`.
+        What became of earlier runs, in a sentence; None if there was nothing to move.
     """
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     previous = folder / "previous"
-    holders = () if ckpt_path is None else Path(ckpt_path).resolve().parents
-    if previous.resolve() in holders:
-        raise ValueError(
-            f"a run resumes in its own folder, got ckpt_path={str(ckpt_path)!r} and "
-            f"trainer.default_root_dir={str(run_dir)!r}, whose next run replaces {previous}. Move "
-            "that folder elsewhere, and pass its new place as trainer.default_root_dir."
-        )
-    if folder.resolve() in holders:
+    if ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents:
         return None
     entries = [folder / name for name in _ENTRIES if (folder / name).exists()]
     if not entries:
@@ -121,12 +130,14 @@ def make_room(run_dir: str | Path, *, ckpt_path: str | Path | None) -> Path | No
     if _has_checkpoint(previous) and not _has_checkpoint(folder):
         for entry in entries:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        return None
+        return f"The run before had no checkpoint and is gone; {previous} stays as it is."
+    had_previous = previous.exists()
     shutil.rmtree(previous, ignore_errors=True)
     previous.mkdir()
     for entry in entries:
         entry.rename(previous / entry.name)
-    return previous
+    lost = "; the run that lay there is gone" if had_previous else ""
+    return f"The run before lies in {previous} now{lost}."
 
 
 def _has_checkpoint(run_dir: Path) -> bool:

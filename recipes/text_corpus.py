@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from .text_files import SourceFile, check_pattern, find_files
-from .text_tables import ColumnError, read_rows
+from .text_pieces import read_pieces
+from .text_tables import ColumnError, RowError, read_rows
 
 __all__ = [
     "Corpus",
@@ -38,7 +39,7 @@ class Document:
         key: Name of the document within its source.
         text: Content, in bytes.
         file_index: Position of its file in the list that was read.
-        row: Row in that file; 0 where a file is one document.
+        row: Row in that file; for a text file the number of the piece, 0 if it was not cut.
     """
 
     key: str
@@ -83,15 +84,20 @@ def read_documents(
     column: str = "text",
     on_error: Literal["skip", "raise"] = "skip",
     start: tuple[int, int] = (0, 0),
+    max_document_bytes: int | None = None,
     on_skip: Callable[[str], None] | None = None,
 ) -> Iterator[Document]:
     """Reads documents one after another; empty ones are left out.
 
+    How many rows a table has lost, and why, is logged behind its last row.
+
     Args:
         files: Files to read, in this order.
         column: Column of `.jsonl` and `.parquet` files that holds the text.
-        on_error: "skip" logs a file that cannot be read and goes on; "raise" stops.
+        on_error: "skip" logs a file or row that cannot be read and goes on; "raise" stops.
         start: File and row to begin at.
+        max_document_bytes: Cuts longer text files into documents of about this size; None holds
+            any file as a whole.
         on_skip: Called with the name of every file or row skipped.
 
     Yields:
@@ -99,37 +105,72 @@ def read_documents(
 
     Raises:
         ValueError: A table lacks the column, or the column holds no text; or with
-            `on_error="raise"` a file cannot be read.
+            `on_error="raise"` a file or a row cannot be read.
     """
     for index in range(start[0], len(files)):
         file = files[index]
+        tally = _Tally(file)
         first_row = start[1] if index == start[0] else 0
         try:
-            for row, text in _read_rows(file, column, first_row):
+            for row, text in _read_file(file, column, first_row, max_document_bytes):
                 key = f"{file.key}#{row}" if file.is_table else file.key
-                if text:
-                    yield Document(key=key, text=text, file_index=index, row=row)
-                elif text is None and on_skip is not None:
+                if isinstance(text, bytes):
+                    tally.num_read += 1
+                    if text:
+                        yield Document(key=key, text=text, file_index=index, row=row)
+                    continue
+                problem = RowError(f"row {row}: {text or 'no text'}")
+                if text is not None and on_error == "raise":
+                    raise problem
+                tally.skip(problem)
+                if on_skip is not None:
                     on_skip(key)
         except ColumnError:
             raise
-        # Damaged tables raise ValueErrors of pyarrow and json.
+        # Damaged tables raise ValueErrors of pyarrow.
         except (OSError, ValueError) as error:
             if on_error == "raise":
                 raise ValueError(
                     f"on_error='raise' stops at what cannot be read, got {file.path}: {error}. "
-                    "Remove the file, or pass on_error='skip'."
+                    "Remove it, or pass on_error='skip'."
                 ) from error
-            _log.warning("skipped %s: %s", file.path, error)
+            tally.rest = error
             if on_skip is not None:
                 on_skip(file.key)
+        tally.log()
 
 
-def _read_rows(file: SourceFile, column: str, start: int) -> Iterator[tuple[int, bytes | None]]:
+@dataclasses.dataclass
+class _Tally:
+    """Counts the rows of a file that were read and skipped."""
+
+    file: SourceFile
+    num_read: int = 0
+    num_skipped: int = 0
+    first: Exception | None = None
+    rest: Exception | None = None
+
+    def skip(self, problem: Exception) -> None:
+        self.num_skipped += 1
+        self.first = self.first or problem
+
+    def log(self) -> None:
+        """Says what was lost, if anything."""
+        path, read = self.file.path, f"{self.num_read:,} rows read"
+        if self.num_skipped:
+            lost = f"{self.num_skipped:,} skipped, first {self.first}"
+            _log.warning("%s: %s, %s", path, read, lost)
+        if self.rest is not None:
+            before = f" ({read} before)" if self.num_read else ""
+            _log.warning("skipped %s%s: %s", path, before, self.rest)
+
+
+def _read_file(
+    file: SourceFile, column: str, start: int, max_bytes: int | None
+) -> Iterator[tuple[int, bytes | RowError | None]]:
     if file.is_table:
-        yield from read_rows(file.path, column, start=start)
-    elif start == 0:
-        yield 0, file.path.read_bytes()
+        return read_rows(file.path, column, start=start)
+    return read_pieces(file.path, start=start, max_bytes=max_bytes)
 
 
 def split_of(key: str, *, val_fraction: float, test_fraction: float) -> Split:
@@ -202,11 +243,18 @@ class Corpus:
         """Returns the split of a document of `source`."""
         return split_of(key, **self._fractions)
 
-    def split_documents(self, split: Split) -> Iterator[Document]:
+    def split_documents(
+        self, split: Split, *, max_document_bytes: int | None = None
+    ) -> Iterator[Document]:
         """Reads the documents of one split, duplicates included, without filling `summary`."""
         own = self.files.get(split) if split != "train" else None
         files = own if own is not None else self.files["train"]
-        for document in read_documents(files, column=self.column, on_error=self.on_error):
+        for document in read_documents(
+            files,
+            column=self.column,
+            on_error=self.on_error,
+            max_document_bytes=max_document_bytes,
+        ):
             if own is not None or self.split_of(document.key) == split:
                 yield document
 

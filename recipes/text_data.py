@@ -20,7 +20,6 @@ import hashlib
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -169,12 +168,6 @@ class TextDataModule(L.LightningDataModule):
             self._read([split])
         return self._packed[split]
 
-    def bytes_per_token(self, split: Split = "val") -> float:
-        """Returns the bytes of text in a split for each token that is not an end of document."""
-        packed = self.packed(split)
-        num_ends = np.count_nonzero(packed.tokens == self.tokenizer.eod_id)
-        return packed.num_bytes / max(1, packed.num_tokens - num_ends)
-
     def setup(self, stage: str) -> None:
         """Reads what the stage needs, once.
 
@@ -280,7 +273,13 @@ class TextDataModule(L.LightningDataModule):
         if self.streaming:
             self._fingerprint = corpus.file_fingerprint()
             packed = {
-                split: pack_front(corpus, split, self.tokenizer, self.streaming.eval_tokens)
+                split: pack_front(
+                    corpus,
+                    split,
+                    self.tokenizer,
+                    max_tokens=self.streaming.eval_tokens,
+                    max_document_bytes=self.streaming.max_document_bytes,
+                )
                 for split in splits
             }
             rank_zero_info(f"text from {self.source!r}: streaming, files {self._fingerprint}")
@@ -315,14 +314,16 @@ class TextDataModule(L.LightningDataModule):
         if packed.num_tokens >= needed:
             return
         cures = {
-            "train": "add text, or lower val_fraction and test_fraction",
-            "val": "raise val_fraction, pass val_source, or use split='tail'",
-            "test": "raise test_fraction, pass test_source, or use split='tail'",
+            "train": "add text, lower val_fraction and test_fraction",
+            "val": "raise val_fraction, pass val_source",
+            "test": "raise test_fraction, pass test_source",
         }
+        can_cut = self.split != "tail" and not self.streaming
+        tail = ", or hold out the end of the text by data.split tail" if can_cut else ""
         raise ValueError(
             f"the {split} split must fill a window of {needed:,} tokens (seq_len={self.seq_len}), "
             f"got {packed.num_tokens:,} tokens in {packed.num_documents:,} documents from "
-            f"source={self.source!r}. Shorten seq_len, {cures[split]}."
+            f"source={self.source!r}. Shorten seq_len, {cures[split]}{tail}."
         )
 
     def _ranks(self) -> tuple[int, int]:
@@ -373,7 +374,11 @@ class TextDataModule(L.LightningDataModule):
         self._fingerprint = corpus.file_fingerprint()
         dataset = StreamingWindows(
             corpus.files["train"],
-            read_options={"column": self.column, "on_error": self.on_error},
+            read_options={
+                "column": self.column,
+                "on_error": self.on_error,
+                "max_document_bytes": config.max_document_bytes,
+            },
             is_train=functools.partial(_is_train, corpus),
             tokenizer=self.tokenizer,
             block_size=config.shuffle_windows,

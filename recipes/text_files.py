@@ -142,8 +142,7 @@ def _folder_files(folder: Path, pattern: str | None) -> list[SourceFile]:
     if pattern is None:
         paths = [path for path in _walk(folder) if path.suffix.lower() in known]
     else:
-        _list_folder(folder)
-        paths = [path for path in folder.glob(pattern) if path.is_file()]
+        paths = _match(folder, pattern)
     if not paths:
         wanted = f"pattern={pattern!r}" if pattern else f"the suffixes {' '.join(known)}"
         raise ValueError(
@@ -152,6 +151,22 @@ def _folder_files(folder: Path, pattern: str | None) -> list[SourceFile]:
         )
     keys = {path.relative_to(folder).as_posix(): path for path in paths}
     return [SourceFile(key=key, path=keys[key]) for key in sorted(keys)]
+
+
+def _match(folder: Path, pattern: str) -> list[Path]:
+    _list_folder(folder)
+    try:
+        paths = [path for path in folder.glob(pattern) if path.is_file()]
+    except (ValueError, NotImplementedError) as error:
+        reason = str(error)
+    else:
+        if ".." not in Path(pattern).parts:
+            return paths
+        reason = "it leads out of the folder"
+    raise ValueError(
+        f"pattern must be a glob relative to the folder {str(folder)!r}, got pattern={pattern!r}: "
+        f"{reason}. Write it like '**/*.txt', or pass the whole glob as source."
+    )
 
 
 def _walk(folder: Path, skipped: Sequence[str] = _SKIPPED_FOLDERS) -> Iterator[Path]:

@@ -9,6 +9,7 @@ r"""Trains a causal language model on text or code.
 Every option: `python -m recipes.text_lm fit --help`. Shapes: b batch, n seq_len.
 """
 
+import dataclasses
 import math
 from typing import Any, Literal
 
@@ -39,17 +40,7 @@ class TextLM(L.LightningModule):
             `longnet_mlm_tiny` for the masked twin.
         model_options: Options of `longnet_zoo.create_model` for it, such as `vocab_size`,
             `segment_lengths` or `dropout`.
-        optimizer: "adamw", or "muon" for matrices with AdamW for all else.
-        muon_adamw_lr_scale: What Muon leaves to AdamW learns at `lr` times this.
-        lr: Highest learning rate, reached at the end of the warm-up.
-        weight_decay: Decoupled weight decay of the matrices; vectors get none.
-        betas: AdamW's averaging factors of the gradient and of its square.
-        eps: Term against division by zero.
-        warmup_steps: Optimizer steps over which the learning rate rises linearly.
-        decay: Shape of the descent after the warm-up.
-        decay_power: Exponent of the polynomial decay; 1 is a straight line.
-        decay_steps: Optimizer step at which the descent ends; None means `trainer.max_steps`.
-        final_lr_factor: Part of `lr` that is left at the end, between 0 and 1.
+        optimization: Optimizer and learning rate.
         context_warmup: How the context of training batches grows to the whole window; null starts
             with the whole window.
         grad_checkpointing: Computes activations again in the backward pass to save memory.
@@ -65,17 +56,7 @@ class TextLM(L.LightningModule):
         *,
         model_name: str | None = None,
         model_options: dict[str, Any] | None = None,
-        optimizer: Literal["adamw", "muon"] = "adamw",
-        muon_adamw_lr_scale: float = 0.5,
-        lr: float = 1e-3,
-        weight_decay: float = 0.01,
-        betas: tuple[float, float] = (0.9, 0.98),
-        eps: float = 1e-8,
-        warmup_steps: int = 0,
-        decay: Literal["polynomial", "cosine"] = "polynomial",
-        decay_power: float = 1.0,
-        decay_steps: int | None = None,
-        final_lr_factor: float = 0.0,
+        optimization: OptimizationConfig = OptimizationConfig(),  # noqa: B008 - frozen
         context_warmup: ContextWarmup | None = None,
         grad_checkpointing: bool = False,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
@@ -83,20 +64,15 @@ class TextLM(L.LightningModule):
         super().__init__()
         # Written out, so that a checkpoint does not depend on the default.
         model_name = model_name or self.default_model
+        self.optimization = OptimizationConfig.of(optimization)
         # Plain values only, so that checkpoints load with weights_only=True.
-        self.save_hyperparameters(ignore=["context_warmup", "sampling"])
-        self.optimization = OptimizationConfig(
-            optimizer=optimizer,
-            muon_adamw_lr_scale=muon_adamw_lr_scale,
-            lr=lr,
-            weight_decay=weight_decay,
-            betas=betas,
-            eps=eps,
-            warmup_steps=warmup_steps,
-            decay=decay,
-            decay_power=decay_power,
-            decay_steps=decay_steps,
-            final_lr_factor=final_lr_factor,
+        self.save_hyperparameters(
+            {
+                "model_name": model_name,
+                "model_options": model_options,
+                "optimization": dataclasses.asdict(self.optimization),
+                "grad_checkpointing": grad_checkpointing,
+            }
         )
         self.context_warmup = context_warmup
         self.sampling = sampling
@@ -178,7 +154,7 @@ class TextLM(L.LightningModule):
         bits = (losses * tokens).sum() / math.log(2) / num_bytes.sum().clamp(min=1)
         self.log("train_loss", losses.mean(), sync_dist=True)
         self.log("train_bits_per_byte", bits, sync_dist=True)
-        self.log("lr", optimizer.param_groups[0]["lr"])
+        self.log("lr", max(group["lr"] for group in optimizer.param_groups))
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
 
@@ -254,14 +230,16 @@ class TextLM(L.LightningModule):
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses the weights of another model.
+        """Refuses the weights of another model, and to resume with another optimizer.
 
         Raises:
-            ValueError: Names or shapes differ; the message lists them.
+            ValueError: Names or shapes differ, which the message lists, or the optimizer does.
         """
         # Sharded checkpoints are read piece by piece later.
         if "state_dict" in checkpoint:
             check_state_dict(self.state_dict(), checkpoint["state_dict"])
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self.optimization.check_resumed(checkpoint["hyper_parameters"]["optimization"])
 
     def _loss(self, batch: dict[str, Tensor], *, reduction: Literal["mean", "sum"]) -> Tensor:
         return self.model.loss(

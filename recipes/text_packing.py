@@ -10,7 +10,7 @@ Shapes: b rows, n tokens of context (`seq_len`), m = n + 1 for next-token labels
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from .tokenizers import Tokenizer
 
 __all__ = [
     "IGNORE_INDEX",
+    "DocumentEncoder",
     "EpochPlan",
     "Objective",
     "PackedDocuments",
@@ -36,7 +37,7 @@ IGNORE_INDEX = -100
 
 # Texts are handed to the tokenizer in groups of about so many bytes: it is fast on groups, and
 # only one group is held as text.
-_GROUP_BYTES = 2**22
+_GROUP_BYTES = 2**20
 
 # Independent random streams of one seed.
 _OFFSET, _DOCUMENTS, _WINDOWS, _MASK = range(4)
@@ -85,6 +86,38 @@ class PackedDocuments:
         )
 
 
+Document = TypeVar("Document")
+
+
+class DocumentEncoder(Generic[Document]):
+    """Turns documents into ids, in groups, each document closed by the end-of-document id.
+
+    Args:
+        tokenizer: Makes the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._waiting: list[tuple[Document, bytes]] = []
+        self._waiting_bytes = 0
+
+    def add(self, document: Document, text: bytes) -> list[tuple[Document, np.ndarray]]:
+        """Takes a document; returns those of its group, with their ids, if it fills the group."""
+        self._waiting.append((document, text))
+        self._waiting_bytes += len(text)
+        return self.finish() if self._waiting_bytes >= _GROUP_BYTES else []
+
+    def finish(self) -> list[tuple[Document, np.ndarray]]:
+        """Returns the documents that wait for their group to fill up, with their ids."""
+        waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        encoded = self._tokenizer.encode_batch([text for _, text in waiting])
+        eod_id, dtype = self._tokenizer.eod_id, self._tokenizer.dtype
+        return [
+            (document, np.append(ids, eod_id).astype(dtype))
+            for (document, _), ids in zip(waiting, encoded, strict=True)
+        ]
+
+
 class Packer:
     """Collects documents into a token stream.
 
@@ -93,42 +126,33 @@ class Packer:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._waiting: list[bytes] = []
-        self._waiting_bytes = 0
-        self._pieces: list[np.ndarray] = []
-        self._lengths: list[int] = []
+        self._encoder = DocumentEncoder[None](tokenizer)
+        self._pieces = [np.zeros(0, tokenizer.dtype)]
+        self._num_tokens = 0
         self._num_bytes = 0
 
     @property
     def num_tokens(self) -> int:
         """Tokens so far, without the documents that wait for their group to fill up."""
-        return sum(self._lengths)
+        return self._num_tokens
 
     def add(self, text: bytes) -> None:
         """Appends a document."""
-        self._waiting.append(text)
-        self._waiting_bytes += len(text)
-        if self._waiting_bytes >= _GROUP_BYTES:
-            self._encode()
+        self._num_bytes += len(text)
+        self._take(self._encoder.add(None, text))
 
     def finish(self) -> PackedDocuments:
         """Returns the stream of all documents added."""
-        self._encode()
-        empty = np.zeros(0, self._tokenizer.dtype)
+        self._take(self._encoder.finish())
         return PackedDocuments(
-            tokens=np.concatenate(self._pieces) if self._pieces else empty,
-            starts=np.cumsum([0, *self._lengths], dtype=np.int64),
+            tokens=np.concatenate(self._pieces),
+            starts=np.cumsum([len(piece) for piece in self._pieces], dtype=np.int64),
             num_bytes=self._num_bytes,
         )
 
-    def _encode(self) -> None:
-        for ids in self._tokenizer.encode_batch(self._waiting):
-            closed = np.append(ids, self._tokenizer.eod_id).astype(self._tokenizer.dtype)
-            self._pieces.append(closed)
-            self._lengths.append(len(closed))
-        self._num_bytes += self._waiting_bytes
-        self._waiting, self._waiting_bytes = [], 0
+    def _take(self, documents: list[tuple[None, np.ndarray]]) -> None:
+        self._pieces += [ids for _, ids in documents]
+        self._num_tokens += sum(len(ids) for _, ids in documents)
 
 
 def window_size(seq_len: int, objective: Objective) -> int:

@@ -63,7 +63,12 @@ def cut_tail(
 
 
 def pack_front(
-    corpus: Corpus, split: Split, tokenizer: Tokenizer, max_tokens: int
+    corpus: Corpus,
+    split: Split,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    max_document_bytes: int,
 ) -> PackedDocuments:
     """Reads a split from the front of the corpus until there are enough tokens.
 
@@ -72,12 +77,13 @@ def pack_front(
         split: Split to read.
         tokenizer: Makes the ids.
         max_tokens: Tokens to take, at most.
+        max_document_bytes: Cuts longer text files into documents of about this size.
 
     Returns:
         The token stream.
     """
     packer = Packer(tokenizer)
-    for document in corpus.split_documents(split):
+    for document in corpus.split_documents(split, max_document_bytes=max_document_bytes):
         packer.add(document.text)
         if packer.num_tokens >= max_tokens:
             break

@@ -17,16 +17,13 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from .text_corpus import read_documents
+from .text_corpus import Document, read_documents
 from .text_files import SourceFile
 from .text_loader import Batch, Collate, EndlessLoader, batch_iterator
+from .text_packing import DocumentEncoder
 from .tokenizers import Tokenizer
 
 __all__ = ["StreamLoader", "StreamPosition", "StreamingConfig", "StreamingWindows"]
-
-# Documents are handed to the tokenizer in groups of at most so many, or about so many bytes.
-_GROUP_SIZE = 64
-_GROUP_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,11 +36,14 @@ class StreamingConfig:
         eval_tokens: Tokens of held-out text that validation and test use, at most: the front of
             the held-out documents. Without `val_source` about `eval_tokens / val_fraction` tokens
             of text are read to find them before training starts.
+        max_document_bytes: Text files longer than this, in bytes, are cut into documents of about
+            this size at line ends. No more of a file is held, so it may be larger than memory.
     """
 
     batches_per_epoch: int = 1000
     shuffle_windows: int = 256
     eval_tokens: int = 4_194_304
+    max_document_bytes: int = 8_388_608
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -139,6 +139,7 @@ class StreamingWindows(IterableDataset[tuple[Batch, dict[str, int]]]):
             "seed": seed,
             "shuffle_files": shuffle_files,
             "block_size": block_size,
+            "max_document_bytes": read_options.get("max_document_bytes"),
         }
 
     def __iter__(self) -> Iterator[tuple[Batch, dict[str, int]]]:
@@ -211,26 +212,18 @@ class StreamingWindows(IterableDataset[tuple[Batch, dict[str, int]]]):
         if self._shuffle_files:
             rng = np.random.default_rng([self._seed, 1, corpus_pass])
             files = [files[i] for i in rng.permutation(len(files))]
-        group: list[Any] = []
+        encoder = DocumentEncoder[Document](self._tokenizer)
         for document in read_documents(files, start=start, **self._read_options):
-            if not self._is_train(document.key):
-                continue
-            group.append(document)
-            size = sum(len(waiting.text) for waiting in group)
-            if len(group) == _GROUP_SIZE or size >= _GROUP_BYTES:
-                yield from self._encode(group, corpus_pass)
-                group = []
-        yield from self._encode(group, corpus_pass)
+            if self._is_train(document.key):
+                yield from _pieces(encoder.add(document, document.text), corpus_pass)
+        yield from _pieces(encoder.finish(), corpus_pass)
 
-    def _encode(self, group: list[Any], corpus_pass: int) -> Iterator[_Piece]:
-        encoded = self._tokenizer.encode_batch([document.text for document in group])
-        for document, ids in zip(group, encoded, strict=True):
-            yield _Piece(
-                corpus_pass=corpus_pass,
-                file=document.file_index,
-                row=document.row,
-                tokens=np.append(ids, self._tokenizer.eod_id).astype(self._tokenizer.dtype),
-            )
+
+def _pieces(documents: list[tuple[Document, np.ndarray]], corpus_pass: int) -> list[_Piece]:
+    return [
+        _Piece(corpus_pass=corpus_pass, file=found.file_index, row=found.row, tokens=tokens)
+        for found, tokens in documents
+    ]
 
 
 class StreamLoader(EndlessLoader):

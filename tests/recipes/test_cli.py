@@ -45,7 +45,7 @@ def trained(corpus, tmp_path_factory):
         main(
             [
                 "fit",
-                *arguments(corpus, run_dir, trainer__max_steps=3, model__lr=1e-3),
+                *arguments(corpus, run_dir, trainer__max_steps=3, model__optimization__lr=1e-3),
                 *last_checkpoint_every(2),
             ]
         )
@@ -72,10 +72,10 @@ class StockCLI(RecipeCLI):
 def test_command_line_wins_over_the_checkpoint(corpus, trained, cli, lr):
     # The method is private: should Lightning rename it or mend it, this says so.
     assert list(inspect.signature(LightningCLI._parse_ckpt_path).parameters) == ["self"]
-    args = arguments(corpus, trained, model__lr=5e-3)
+    args = arguments(corpus, trained, model__optimization__lr=5e-3)
     checkpoint = trained / "checkpoints" / "last.ckpt"
     built = cli(TextLM, TextDataModule, args=["validate", *args, f"--ckpt_path={checkpoint}"])
-    assert built.model.hparams.lr == lr
+    assert built.model.optimization.lr == lr
 
 
 @pytest.mark.parametrize("where", ["command line", "file"])
@@ -89,7 +89,10 @@ def test_mistyped_option_is_refused(corpus, tmp_path, capsys, option, where):
         args.append(f"--config={config}")
     else:
         args.append(f"--{option}=3")
-    assert option.split(".")[1] in error_of(capsys, args)
+    error = error_of(capsys, args)
+    assert option.split(".")[1] in error
+    assert error.startswith("usage: recipes.text_lm fit [--help] ")
+    assert len(error.splitlines()) == 3
 
 
 def test_mistyped_model_option_is_refused_by_name_with_the_valid_ones(corpus, tmp_path, capsys):
@@ -108,7 +111,7 @@ def test_unknown_model_is_refused(corpus, tmp_path, capsys):
 
 
 def test_bad_value_is_refused_without_a_traceback(corpus, tmp_path, capsys):
-    error = error_of(capsys, ["fit", *arguments(corpus, tmp_path, model__lr=-1)])
+    error = error_of(capsys, ["fit", *arguments(corpus, tmp_path, model__optimization__lr=-1)])
     assert "lr must be positive, got lr=-1" in error
     assert "Traceback" not in error
 
@@ -126,7 +129,9 @@ def test_too_few_token_ids_are_refused(corpus, tmp_path, capsys):
 
 
 def test_a_run_without_an_end_is_refused(corpus, tmp_path, capsys):
-    args = arguments(corpus, tmp_path, trainer__max_steps=-1, model__decay_steps="null")
+    args = arguments(
+        corpus, tmp_path, trainer__max_steps=-1, model__optimization__decay_steps="null"
+    )
     assert "decay_steps=None" in error_of(capsys, ["fit", *args])
 
 
@@ -226,10 +231,14 @@ def test_running_twice_keeps_the_run_before_and_no_more(corpus, tmp_path):
 def test_making_room_touches_nothing_else(tmp_path):
     (tmp_path / "metrics.csv").write_text("step\n")
     (tmp_path / "thesis.tex").write_text("precious")
-    assert make_room(tmp_path, ckpt_path=None) == tmp_path / "previous"
+    told = f"The run before lies in {tmp_path / 'previous'} now"
+    assert make_room(tmp_path, ckpt_path=None) == f"{told}."
     assert (tmp_path / "thesis.tex").read_text() == "precious"
     assert not (tmp_path / "metrics.csv").exists()
     assert make_room(tmp_path, ckpt_path=None) is None
+    (tmp_path / "metrics.csv").write_text("step\n")
+    gone = "the run that lay there is gone"
+    assert make_room(tmp_path, ckpt_path=None) == f"{told}; {gone}."
 
 
 def test_resuming_a_checkpoint_of_another_folder_starts_a_new_run(tmp_path):

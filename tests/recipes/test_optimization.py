@@ -1,5 +1,6 @@
 """The optimizers' groups and the learning rate, also across a restored checkpoint."""
 
+import dataclasses
 import math
 
 import pytest
@@ -93,6 +94,21 @@ def test_restored_schedule_keeps_its_place_and_takes_the_new_settings():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"optimizer": "sgd"}, "optimizer must be 'adamw' or 'muon', got optimizer=sgd"),
+        (
+            {"optimizer": "muon", "muon_adamw_lr_scale": 0.0},
+            "must be positive, got muon_adamw_lr_scale=0.0",
+        ),
+        (
+            {"muon_adamw_lr_scale": 0.5},
+            "is for optimizer='muon', got optimizer=adamw, muon_adamw_lr_scale=0.5",
+        ),
+        ({"layer_decay": 0.0}, r"layer_decay must be in \(0, 1\], got layer_decay=0.0"),
+        ({"layer_decay": 1.1}, r"layer_decay must be in \(0, 1\], got layer_decay=1.1"),
+        (
+            {"optimizer": "muon", "layer_decay": 0.9},
+            "is for optimizer='adamw', got optimizer=muon, layer_decay=0.9",
+        ),
         ({"lr": 0.0}, "lr must be positive, got lr=0.0"),
         ({"weight_decay": -0.1}, "weight_decay must be 0 or more, got weight_decay=-0.1"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got betas=\(0.9, 1.0\)"),
@@ -109,7 +125,7 @@ def test_restored_schedule_keeps_its_place_and_takes_the_new_settings():
 )
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        TextLM(model_options=model_options(), **options)
+        OptimizationConfig(**options)
 
 
 def test_muon_takes_the_matrices_and_leaves_embedding_and_vectors_to_adamw():
@@ -123,6 +139,14 @@ def test_muon_takes_the_matrices_and_leaves_embedding_and_vectors_to_adamw():
     assert "embedding.weight" in fallback
     assert all(dict(model.named_parameters())[name].ndim == 2 for name in muon)
     assert all(name.endswith("weight") and "norm" not in name for name in muon)
+
+
+def test_muon_leaves_what_is_exempt_from_weight_decay_to_adamw():
+    model = Blocks()
+    matrices, others = muon_groups(model, 0.1)
+    assert not matrices["use_fallback"]
+    assert others["use_fallback"]
+    assert id(model.table) in {id(p) for p in others["params"]}
 
 
 def test_muon_orthogonalizes_and_scales_adamw():
@@ -144,13 +168,75 @@ def test_muon_orthogonalizes_and_scales_adamw():
     torch.testing.assert_close(change, torch.full_like(change, 0.025), rtol=1e-4, atol=0)
 
 
+class Blocks(nn.Module):
+    """Three blocks, one table without weight decay, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(2, 2))
+        self.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+        self.head = nn.Linear(2, 2)
+
+    def no_weight_decay(self):
+        return {"table"}
+
+    def group_matcher(self, coarse=False):
+        return {"stem": r"^table", "blocks": [(r"^blocks\.(\d+)", None)]}
+
+
+def test_layer_decay_slows_each_block_by_its_distance_from_the_head():
+    model, config = Blocks(), OptimizationConfig(lr=2.0, layer_decay=0.5, weight_decay=0.3)
+    optimizer = config.build(model, run_steps=10)["optimizer"]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    got = {
+        names[id(p)]: (group["initial_lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert got == {
+        "table": (2 / 16, 0.0),
+        **{f"blocks.{i}.weight": (2 / 2 ** (3 - i), 0.3) for i in range(3)},
+        **{f"blocks.{i}.bias": (2 / 2 ** (3 - i), 0.0) for i in range(3)},
+        "head.weight": (2.0, 0.3),
+        "head.bias": (2.0, 0.0),
+    }
+
+
+def test_layer_decay_survives_a_restored_checkpoint():
+    def build(layer_decay):
+        config = OptimizationConfig(lr=1.0, layer_decay=layer_decay, decay_steps=10)
+        return config.build(Blocks(), run_steps=10)
+
+    old, new = build(0.5), build(0.25)
+    for _ in range(4):
+        old["optimizer"].step()
+        old["lr_scheduler"]["scheduler"].step()
+    new["optimizer"].load_state_dict(old["optimizer"].state_dict())
+    schedule = new["lr_scheduler"]["scheduler"]
+    schedule.load_state_dict(old["lr_scheduler"]["scheduler"].state_dict())
+    for factor in (0.6, 0.5):
+        rates = {group["lr"] for group in new["optimizer"].param_groups}
+        assert sorted(rates) == pytest.approx([factor * 0.25**d for d in (4, 3, 2, 1, 0)])
+        assert schedule.get_last_lr() == [group["lr"] for group in new["optimizer"].param_groups]
+        new["optimizer"].step()
+        schedule.step()
+
+
+def test_layer_decay_needs_to_know_the_blocks():
+    config = OptimizationConfig(layer_decay=0.75)
+    with pytest.raises(ValueError, match=r"group_matcher\(\), got layer_decay=0.75 and Linear"):
+        config.build(nn.Linear(2, 2), run_steps=10)
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("now", "then", "message"),
     [
-        ({"optimizer": "sgd"}, "optimizer must be 'adamw' or 'muon', got optimizer=sgd"),
-        ({"muon_adamw_lr_scale": 0.0}, "must be positive, got muon_adamw_lr_scale=0.0"),
+        ({}, {"optimizer": "muon"}, "optimizer='adamw' and a checkpoint of optimizer='muon'"),
+        ({"layer_decay": 0.5}, {}, "layer_decay=0.5 and a checkpoint of layer_decay=1.0"),
     ],
 )
-def test_unknown_optimizers_are_refused(options, message):
+def test_the_state_of_another_kind_of_optimizer_is_refused(now, then, message):
+    saved = dataclasses.asdict(OptimizationConfig(**then))
     with pytest.raises(ValueError, match=message):
-        OptimizationConfig(**options)
+        OptimizationConfig(**now).check_resumed(saved)
+    OptimizationConfig(lr=0.5, **then).check_resumed(saved)

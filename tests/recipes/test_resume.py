@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from recipes.text_lm import TextLM, main
 from tests.recipes.text_runs import (
@@ -32,6 +33,22 @@ class Killed(TextLM):
             os.kill(os.getpid(), signal.SIGKILL)
 
 run(Killed, TextDataModule)
+"""
+
+
+# Gets a real SIGTERM in the first of the three batches of optimizer step 4.
+TERMINATED_RUN = """
+import os, signal
+from recipes.cli import run
+from recipes.text_data import TextDataModule
+from recipes.text_lm import TextLM
+
+class Terminated(TextLM):
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+run(Terminated, TextDataModule)
 """
 
 
@@ -66,6 +83,19 @@ def fit_until(step, monkeypatch, *args, **changes):
             fit(*args, **changes)
 
 
+def run_script(script, corpus, run_dir, *, every=3, **changes):
+    args = [*arguments(corpus, run_dir, **changes), *last_checkpoint_every(every)]
+    return subprocess.run(
+        [sys.executable, "-c", script, "fit", *args],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
 def assert_same_rows(got_dir, expected_dir, *, ignore=()):
     got, expected = read_rows(got_dir, ignore=ignore), read_rows(expected_dir, ignore=ignore)
     assert [sorted(row) for row in got] == [sorted(row) for row in expected]
@@ -79,22 +109,35 @@ def assert_same_rows(got_dir, expected_dir, *, ignore=()):
 
 def test_sigkill_mid_epoch_then_last_equals_an_unbroken_run(corpus, tmp_path):
     fit(corpus, tmp_path / "whole")
-    command = [sys.executable, "-c", KILLED_RUN, "fit", *arguments(corpus, tmp_path / "killed")]
-    killed = subprocess.run(
-        [*command, *last_checkpoint_every(3)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        timeout=200,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = run_script(KILLED_RUN, corpus, tmp_path / "killed")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     # Rows of steps 6 and 7 lie behind the checkpoint of step 6 and come again.
     assert max(curve(tmp_path / "killed", "train_loss")) == 6
 
     fit(corpus, tmp_path / "killed", "--ckpt_path=last")
     assert sorted(curve(tmp_path / "killed", "train_loss")) == list(range(12))
     assert_same_rows(tmp_path / "killed", tmp_path / "whole")
+
+
+# The step that is saved validates, too, or not.
+@pytest.mark.parametrize("interval", [15, 12])
+def test_sigterm_saves_the_step_and_says_how_to_go_on(corpus, tmp_path, interval):
+    changes = {"trainer__accumulate_grad_batches": 3, "trainer__val_check_interval": interval}
+    fit(corpus, tmp_path / "whole", every=100, **changes)
+    stopped = run_script(TERMINATED_RUN, corpus, tmp_path / "cut", every=100, **changes)
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    path = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    assert f"Resume {path} with --ckpt_path last." in stopped.stdout
+    assert "Traceback" not in stopped.stderr
+    assert torch.load(path, weights_only=True)["global_step"] == 5
+    fit(corpus, tmp_path / "cut", "--ckpt_path=last", every=100, **changes)
+    assert_same_rows(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_sigterm_has_its_old_handler_after_a_run(corpus, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    fit(corpus, tmp_path, trainer__max_steps=1)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize(
@@ -105,12 +148,24 @@ def test_sigkill_mid_epoch_then_last_equals_an_unbroken_run(corpus, tmp_path):
         # Three epochs of four batches: the checkpoint is the last batch of an epoch.
         (4, 6, {"trainer__limit_train_batches": 4}),
         (3, 7, {"trainer__accumulate_grad_batches": 3, "trainer__limit_train_batches": 9}),
-        (3, 5, {"data__num_workers": 1, "model__decay": "cosine"}),
+        (3, 5, {"data__num_workers": 1, "model__optimization__decay": "cosine"}),
         # The context grows from 128 to 384 tokens over seven steps.
         (2, 5, {"data__seq_len": 384, "model__context_warmup": "{start: 128, steps: 7}"}),
-        (3, 7, {"model__optimizer": "muon"}),
+        (3, 7, {"model__optimization__optimizer": "muon"}),
+        (
+            2,
+            5,
+            {
+                "data__seq_len": 384,
+                "model__context_warmup": "{start: 128, steps: 7}",
+                "trainer__accumulate_grad_batches": 2,
+            },
+        ),
     ],
-    ids=["validation", "end of an epoch", "accumulation", "worker", "context warm-up", "muon"],
+    ids=[
+        *("validation", "end of an epoch", "accumulation", "worker", "context warm-up", "muon"),
+        "accumulated context warm-up",
+    ],
 )
 def test_resumed_run_equals_an_unbroken_one(corpus, tmp_path, monkeypatch, every, step, changes):
     fit(corpus, tmp_path / "whole", every=every, **changes)
@@ -143,8 +198,14 @@ def test_dropout_of_a_step_does_not_depend_on_how_often_one_validates(corpus, tm
 
 
 def test_settings_of_the_resumed_run_win_over_the_checkpoint(corpus, tmp_path):
-    fit(corpus, tmp_path, trainer__max_steps=6, model__lr=1e-3)
-    fit(corpus, tmp_path, "--ckpt_path=last", model__lr=5e-3, model__weight_decay=0.5)
+    fit(corpus, tmp_path, trainer__max_steps=6, model__optimization__lr=1e-3)
+    fit(
+        corpus,
+        tmp_path,
+        "--ckpt_path=last",
+        model__optimization__lr=5e-3,
+        model__optimization__weight_decay=0.5,
+    )
     rates = curve(tmp_path, "lr")
     # decay_steps=20 and warmup_steps=2: the line falls from lr at step 2 to 0 at step 20.
     assert rates[5] == pytest.approx(1e-3 * (20 - 5) / 18)

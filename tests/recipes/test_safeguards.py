@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from recipes.context import ContextCurve, ContextFigures
 from recipes.report import ReportCallback
 from recipes.report_figure import draw_report
-from recipes.run_folder import make_room
+from recipes.run_folder import check_resumed_folder, make_room
 from recipes.text_corpus import split_of
 from recipes.text_lm import TextLM, main
 from recipes.text_mlm import TextMLM
@@ -61,16 +61,105 @@ def test_a_model_of_the_other_direction_is_refused(task, model_name, message):
     ("task", "objective", "needed"), [(TextLM, "masked", "causal"), (TextMLM, "causal", "masked")]
 )
 def test_data_for_the_other_objective_is_refused(corpus, tmp_path, task, objective, needed):
-    model = task(model_options=model_options(), decay_steps=3)
+    model = task(model_options=model_options())
     data = make_data(corpus, objective=objective)
     with pytest.raises(ValueError, match=rf"data.objective='{needed}', got '{objective}'"):
         make_trainer(tmp_path).fit(model, datamodule=data)
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__source": "nowhere"}, "nowhere"),
+        ({"data__batch_size": 10_000}, "batch_size=10000"),
+        ({"model__model_options__vocab_size": 200}, "got vocab_size=200"),
+    ],
+)
+def test_a_run_that_fails_on_its_data_moves_nothing(corpus, tmp_path, capsys, changes, message):
+    args = arguments(corpus, tmp_path, trainer__max_steps=1)
+    main(["fit", *args, *last_checkpoint_every(1)])
+    main(["fit", *args, *last_checkpoint_every(1)])
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["fit", *arguments(corpus, tmp_path, **changes), *last_checkpoint_every(1)])
+    assert message in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_config_of_a_resumed_run_does_not_name_the_checkpoint(corpus, tmp_path):
+    args = ["fit", *arguments(corpus, tmp_path, trainer__max_steps=1), *last_checkpoint_every(1)]
+    main(args)
+    main([*args, "--ckpt_path=last", "--trainer.max_steps=2"])
+    written = (tmp_path / "config.yaml").read_text()
+    assert "max_steps: 2" in written
+    assert "ckpt_path" not in written
+    # And it is a configuration to start from.
+    main(["fit", f"--config={tmp_path / 'config.yaml'}", "--ckpt_path=last"])
+
+
+def test_a_run_out_of_time_says_so(corpus, tmp_path, capsys):
+    args = ["fit", *arguments(corpus, tmp_path, trainer__max_steps=2), *last_checkpoint_every(1)]
+    main([*args, "--trainer.max_time=00:01:00:00"])
+    assert "max_time" not in capsys.readouterr().out
+    main([*args, "--ckpt_path=last", "--trainer.max_steps=3", "--trainer.max_time=00:00:00:00"])
+    assert (
+        "trainer.max_time=00:00:00:00 is used up, at step 2. To go on, raise it and pass "
+        "--ckpt_path last."
+    ) in capsys.readouterr().out
+
+
+def test_another_optimizer_than_the_checkpoints_is_one_clear_error(corpus, tmp_path, capsys):
+    args = ["fit", *arguments(corpus, tmp_path, trainer__max_steps=1), *last_checkpoint_every(1)]
+    main(args)
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        # Before any data is read.
+        main(
+            [
+                *args,
+                "--ckpt_path=last",
+                "--model.optimization.optimizer=muon",
+                "--data.source=nowhere",
+            ]
+        )
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert (
+        "got model.optimization.optimizer='muon' and a checkpoint of optimizer='adamw'. Pass "
+        "--model.optimization.optimizer adamw"
+    ) in error
+    assert "Traceback" not in error
+    assert contents(tmp_path) == before
+
+
+def test_last_points_at_the_run_before(corpus, tmp_path, capsys):
+    write_run(tmp_path / "previous", has_checkpoint=True)
+    main(["fit", *arguments(corpus, tmp_path, trainer__max_steps=1), "--ckpt_path=last"])
+    out = capsys.readouterr().out
+    assert f"No checkpoint in {tmp_path} yet: starting from new weights." in out
+    path = tmp_path / "previous" / "checkpoints" / "last.ckpt"
+    assert f"The run before has one: {path}" in out
+
+
+def test_one_callback_needs_no_list(corpus, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("trainer:\n  callbacks: {class_path: recipes.callbacks.LastCheckpoint}\n")
+    args = arguments(corpus, tmp_path / "run", trainer__max_steps=1)
+    main(["fit", f"--config={config}", *args])
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
 def test_a_false_start_does_not_push_out_a_run_with_weights(tmp_path):
     write_run(tmp_path / "previous", has_checkpoint=True)
     write_run(tmp_path, has_checkpoint=False)
-    assert make_room(tmp_path, ckpt_path=None) is None
+    told = make_room(tmp_path, ckpt_path=None)
+    assert told == (
+        f"The run before had no checkpoint and is gone; {tmp_path / 'previous'} stays as it is."
+    )
     assert (tmp_path / "previous" / "checkpoints" / "last.ckpt").read_text() == "weights"
     assert not (tmp_path / "metrics.csv").exists()
 
@@ -80,13 +169,13 @@ def test_resuming_the_run_in_previous_is_refused(tmp_path):
     write_run(tmp_path, has_checkpoint=True)
     path = tmp_path / "previous" / "checkpoints" / "last.ckpt"
     with pytest.raises(ValueError, match=r"resumes in its own folder.*Move\s+that folder"):
-        make_room(tmp_path, ckpt_path=path)
+        check_resumed_folder(tmp_path, ckpt_path=path)
     assert path.exists()
 
 
 def test_positions_of_the_report_are_checked_before_training(corpus, tmp_path):
     trainer = make_trainer(tmp_path, callbacks=[ReportCallback(short_context=65)])
-    task = TextLM(model_options=model_options(), decay_steps=3)
+    task = TextLM(model_options=model_options())
     with pytest.raises(ValueError, match="short_context"):
         trainer.fit(task, datamodule=make_data(corpus))
     assert trainer.global_step == 0
@@ -111,6 +200,30 @@ def test_what_lightning_refuses_is_one_line(corpus, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "val_check_interval" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_stream_is_one_line(corpus, tmp_path, capsys, workers):
+    rows = [json.dumps({"text": f"row {i} " * 20}) for i in range(20)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([*rows, '{"text": "cut', *rows]))
+    options = {"source": path, "val_source": corpus, "on_error": "raise", "num_workers": workers}
+    changes = {f"data__{name}": value for name, value in options.items()}
+    args = arguments(corpus, tmp_path / "run", **changes, data__streaming="{shuffle_windows: 2}")
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *args, "--data.test_fraction=0"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: on_error='raise' stops at what cannot be read, got {path}: ")
+    assert "row 20: Unterminated string" in error
+    assert error.endswith(")")
+
+
+def test_a_bug_in_a_worker_keeps_its_traceback(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.text_streaming.read_documents", lambda *args, **options: 1 / 0)
+    changes = {"data__streaming": True, "data__num_workers": 1}
+    with pytest.raises(ZeroDivisionError, match="in DataLoader worker process"):
+        main(["fit", *arguments(corpus, tmp_path, **changes, trainer__limit_val_batches=0)])
 
 
 def test_a_terminated_run_has_a_status_that_says_so(corpus, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import pytest
 
 from recipes.text_corpus import Corpus, read_documents, split_of
 from recipes.text_files import find_files
+from recipes.text_pieces import read_pieces
 from recipes.text_tables import read_rows
 
 
@@ -106,11 +107,11 @@ def test_a_column_of_numbers_is_an_error(tables):
 
 def test_a_missing_package_is_named(tables, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(RuntimeError, match=r"a.jsonl needs the package datasets. .*pip install"):
-        _read(str(tables / "a.jsonl"))
+    with pytest.raises(RuntimeError, match=r"b.parquet needs the package datasets. .*pip install"):
+        _read(str(tables / "b.parquet"))
 
 
-@pytest.mark.parametrize("name", ["b.jsonl", "b.parquet", "b.txt"])
+@pytest.mark.parametrize("name", ["b.parquet", "b.txt"])
 def test_what_cannot_be_read_is_skipped_or_stops(tmp_path, caplog, name):
     source = _write(tmp_path, {"a.txt": b"a", "c.txt": b"c"})
     if name == "b.txt":
@@ -123,6 +124,89 @@ def test_what_cannot_be_read_is_skipped_or_stops(tmp_path, caplog, name):
     assert f"skipped {tmp_path / name}: " in caplog.text
     with pytest.raises(ValueError, match=f"on_error='raise' stops .* got .*{name}: .+ Remove"):
         _read(source, on_error="raise")
+
+
+def test_one_damaged_row_costs_that_row_only(tmp_path, caplog):
+    damaged = (b'{"text": "cut', b"", b"[1]", b'{"id": 4}', b'\xff"')
+    rows = [b'{"text": "a"}', *damaged, b'{"text": "z"}']
+    source = _write(tmp_path, {"t.jsonl": b"\n".join(rows)})
+    skipped = []
+    # A blank line is no row.
+    assert _read(source, on_skip=skipped.append) == [("t.jsonl#0", b"a"), ("t.jsonl#5", b"z")]
+    assert skipped == [f"t.jsonl#{row}" for row in (1, 2, 3, 4)]
+    path = tmp_path / "t.jsonl"
+    assert f"{path}: 2 rows read, 4 skipped, first row 1: Unterminated string" in caplog.text
+    with pytest.raises(ValueError, match=rf"on_error='raise' stops .* got {path}: row 1: Untermin"):
+        _read(source, on_error="raise")
+    found = read_documents(find_files(source), start=(0, 4))
+    assert [(d.row, d.text) for d in found] == [(5, b"z")]
+
+
+def test_rows_without_text_stop_nothing(tables, caplog):
+    path = tables / "a.jsonl"
+    assert len(_read(str(path), on_error="raise")) == 3
+    # An empty row was read all the same.
+    assert f"{path}: 4 rows read, 1 skipped, first row 2: no text" in caplog.text
+
+
+def test_a_damaged_summary_counts_rows(tmp_path):
+    source = _write(tmp_path, {"t.jsonl": b'{"text": "a"}\n{"te\n{"text": "b"}'})
+    corpus = Corpus(source=source, val_fraction=0, test_fraction=0)
+    assert [document.text for _, document in corpus.documents()] == [b"a", b"b"]
+    assert corpus.summary.num_skipped == 1
+
+
+def test_a_parquet_file_cut_off_is_skipped_and_the_next_is_read(tables, caplog):
+    whole = (tables / "b.parquet").read_bytes()
+    (tables / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    _write(tables, {"c.txt": b"c", "d.parquet": b""})
+    assert _read(str(tables))[-1] == ("c.txt", b"c")
+    assert f"skipped {tables / 'b.parquet'}: " in caplog.text
+
+
+def test_a_column_may_be_missing_in_rows_but_not_in_all(tmp_path):
+    sparse = _write(tmp_path / "one", {"t.jsonl": _rows({"id": 1}, {"text": "x"})})
+    assert _read(sparse) == [("t.jsonl#1", b"x")]
+    wrong = _write(tmp_path / "two", {"t.jsonl": _rows(*[{"id": i} for i in range(200)])})
+    skipped = []
+    with pytest.raises(ValueError, match=r"column='text' must be a column of .*has \['id'\]"):
+        _read(wrong, on_skip=skipped.append)
+    # Not all of a large file is read to find out.
+    assert len(skipped) < 100
+
+
+def test_long_files_are_cut_at_line_ends(tmp_path):
+    text = "".join(f"zeile ä {i}\n" for i in range(100)).encode()
+    path = tmp_path / "a.txt"
+    path.write_bytes(text)
+    pieces = list(read_pieces(path, max_bytes=64))
+    assert b"".join(piece for _, piece in pieces) == text
+    assert len(pieces) == -(-len(text) // 64)
+    assert all(piece.endswith(b"\n") for _, piece in pieces)
+    assert max(len(piece) for _, piece in pieces) < 64 + 16
+    for start in (1, 7, len(pieces)):
+        assert list(read_pieces(path, start=start, max_bytes=64)) == pieces[start:]
+    assert list(read_pieces(path, max_bytes=len(text))) == [(0, text)]
+    assert list(read_pieces(path, start=1)) == []
+
+
+def test_files_without_lines_are_cut_between_characters(tmp_path):
+    text = "\u20ac" * 50_000
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    pieces = [piece for _, piece in read_pieces(tmp_path / "a.txt", max_bytes=10_000)]
+    assert len(pieces) == 15
+    assert "".join(piece.decode() for piece in pieces) == text
+
+
+def test_pieces_of_a_file_share_its_key(tmp_path):
+    source = _write(tmp_path, {"a.txt": b"a\n" * 10, "b.txt": b"b"})
+    found = list(read_documents(find_files(source), max_document_bytes=8))
+    assert [(d.key, d.row, d.text) for d in found] == [
+        ("a.txt", 0, b"a\n" * 5),
+        ("a.txt", 1, b"a\n" * 4),
+        ("a.txt", 2, b"a\n"),
+        ("b.txt", 0, b"b"),
+    ]
 
 
 def test_the_split_is_a_function_of_the_key_alone():

@@ -1,6 +1,5 @@
 import itertools
 import json
-import warnings
 
 import jsonargparse
 import pytest
@@ -127,7 +126,6 @@ def test_the_tail_of_one_file_is_held_out(tmp_path, val_source, monkeypatch):
         assert tokens["train"] + tokens["test"] == whole
         assert tokens["val"] == [*b"validation", 256]
     assert module.packed("train").num_bytes == len(tokens["train"]) - tokens["train"].count(256)
-    assert [module.bytes_per_token(split) for split in ("train", "val", "test")] == [1.0] * 3
     other = TextDataModule(source="corpus/book.txt", split="tail", seq_len=8)
     other.setup("fit")
     assert other.fingerprint != module.fingerprint
@@ -201,13 +199,9 @@ def test_a_tokenizer_that_loses_text_is_reported(tmp_path):
     assert module.vocab_size == 4
     with pytest.warns(UserWarning, match=r"stand for .* bytes by token_bytes, .* 1\.5"):
         module.setup("fit")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert module.bytes_per_token("val") == pytest.approx(3.0, rel=0.02)
-
-
-def test_bytes_have_a_byte_each(folder):
-    assert TextDataModule(source=folder, seq_len=8, val_fraction=0.3).bytes_per_token() == 1.0
+    packed = module.packed("val")
+    bytes_per_token = packed.num_bytes / (packed.num_tokens - packed.num_documents)
+    assert bytes_per_token == pytest.approx(3.0, rel=0.02)
 
 
 def _stream(folder, *, val_source=None, batch_size=1, **config):
@@ -289,9 +283,13 @@ def test_a_tokenizer_without_mask_is_an_error_for_masking(tmp_path):
 @pytest.mark.parametrize(
     ("stage", "split", "cure"),
     [
-        ("fit", "train", "add text, or lower val_fraction"),
-        ("validate", "val", "raise val_fraction, pass val_source"),
-        ("test", "test", "raise test_fraction, pass test_source"),
+        (
+            "fit",
+            "train",
+            "add text, lower val_fraction and test_fraction, or .* data.split tail",
+        ),
+        ("validate", "val", "raise val_fraction, pass val_source, or .* data.split tail"),
+        ("test", "test", "raise test_fraction, pass test_source, or .* data.split tail"),
     ],
 )
 def test_a_corpus_too_small_for_the_context_is_an_error(folder, stage, split, cure):
@@ -307,7 +305,19 @@ def test_a_corpus_too_small_for_the_context_is_an_error(folder, stage, split, cu
 def test_an_empty_split_is_an_error(tmp_path):
     source = _write(tmp_path, count=1)
     module = TextDataModule(source=source, seq_len=8, val_fraction=1e-9, test_fraction=0)
-    with pytest.raises(ValueError, match=r"the val split .* got 0 tokens in 0 documents .*'tail'"):
+    with pytest.raises(
+        ValueError, match=r"the val split .* got 0 tokens in 0 documents .*data.split tail"
+    ):
+        module.setup("fit")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"split": "tail", "val_fraction": 0.999, "test_fraction": 0}, {"streaming": True}],
+)
+def test_a_split_that_is_of_no_help_is_not_advised(tmp_path, options):
+    module = TextDataModule(source=_write(tmp_path, count=3), seq_len=5000, **options)
+    with pytest.raises(ValueError, match=r"split must fill .* (?!.*data.split)"):
         module.setup("fit")
 
 

@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import re
 import sys
 import sysconfig
 from pathlib import Path
@@ -106,6 +107,14 @@ def test_bad_sources_are_errors(folder, monkeypatch, source, message):
 def test_a_pattern_without_match_is_an_error(folder):
     with pytest.raises(ValueError, match=f"got '{folder}', where none matches pattern='.*.xyz'"):
         find_files(str(folder), pattern="**/*.xyz")
+
+
+@pytest.mark.parametrize("pattern", ["", "/etc/*.txt", "../*.txt"])
+def test_a_pattern_that_is_not_below_the_folder_is_an_error(folder, pattern):
+    with pytest.raises(
+        ValueError, match=rf"to the folder '.*', got pattern={re.escape(repr(pattern))}: "
+    ):
+        find_files(str(folder / "a"), pattern=pattern)
 
 
 def test_a_pattern_without_folder_is_an_error(folder):

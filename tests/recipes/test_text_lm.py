@@ -13,6 +13,7 @@ from recipes.callbacks import ExactResumption, Throughput
 from recipes.checkpoints import check_state_dict, last_checkpoint
 from recipes.context_warmup import ContextWarmup
 from recipes.metrics import BitsPerByte
+from recipes.optimization import OptimizationConfig
 from recipes.text_lm import TextLM, main
 from tests.recipes.text_runs import (
     arguments,
@@ -43,7 +44,7 @@ def make_task(**options):
 
 
 def test_training_lowers_the_loss(corpus, tmp_path):
-    main(["fit", *arguments(corpus, tmp_path, trainer__max_steps=20, model__lr=0.01)])
+    main(["fit", *arguments(corpus, tmp_path, trainer__max_steps=20, model__optimization__lr=0.01)])
     losses = curve(tmp_path, "train_loss")
     assert losses[19] < losses[0] - 1.0
     assert set(curve(tmp_path, "grad_norm")) == set(losses)
@@ -112,6 +113,18 @@ def test_context_warmup_cuts_training_batches_only(corpus, tmp_path):
     assert held_out == {384}
 
 
+def test_context_warmup_grows_by_optimizer_steps_and_not_by_batches(corpus, tmp_path):
+    class Watched(TextLM):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            seen.append(batch["tokens"].shape[1])
+
+    seen = []
+    task = Watched(model_options=model_options(), context_warmup=ContextWarmup(start=128, steps=3))
+    trainer = make_trainer(tmp_path, accumulate_grad_batches=2, limit_val_batches=0)
+    trainer.fit(task, datamodule=make_data(corpus, seq_len=384))
+    assert seen == [128, 128, 256, 256, 384, 384]
+
+
 def test_a_task_without_the_tokenizer_of_its_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match="got datamodule=None"):
         make_trainer(tmp_path).validate(make_task(), [{"tokens": torch.zeros(1, 8).long()}])
@@ -155,7 +168,7 @@ def test_random_numbers_differ_between_steps_and_ranks():
 
 
 def test_checkpoint_from_python_loads_with_weights_only(corpus, tmp_path):
-    task = make_task(lr=2e-3, betas=(0.8, 0.9))
+    task = make_task(optimization=OptimizationConfig(lr=2e-3, betas=(0.8, 0.9)))
     trainer = make_trainer(tmp_path)
     trainer.fit(task, datamodule=make_data(corpus))
     trainer.save_checkpoint(tmp_path / "python.ckpt")
@@ -164,7 +177,7 @@ def test_checkpoint_from_python_loads_with_weights_only(corpus, tmp_path):
     # And it can be resumed.
     again = make_trainer(tmp_path, max_steps=4)
     again.fit(
-        make_task(lr=2e-3),
+        make_task(optimization=OptimizationConfig(lr=2e-3)),
         datamodule=make_data(corpus),
         ckpt_path=tmp_path / "python.ckpt",
         weights_only=True,
@@ -173,23 +186,54 @@ def test_checkpoint_from_python_loads_with_weights_only(corpus, tmp_path):
 
 
 def test_checkpoint_from_the_command_line_loads_with_weights_only(corpus, tmp_path):
-    args = arguments(corpus, tmp_path, model__lr=2e-3, trainer__max_steps=2)
-    main(["fit", *args, *last_checkpoint_every(1), "--model.betas=[0.8,0.9]"])
+    args = arguments(corpus, tmp_path, model__optimization__lr=2e-3, trainer__max_steps=2)
+    main(["fit", *args, *last_checkpoint_every(1), "--model.optimization.betas=[0.8,0.9]"])
     path = last_checkpoint(tmp_path)
     loaded = TextLM.load_from_checkpoint(path, weights_only=True)
-    assert loaded.hparams.lr == 2e-3
-    assert tuple(loaded.hparams.betas) == (0.8, 0.9)
+    assert loaded.optimization.lr == 2e-3
+    assert loaded.optimization.betas == (0.8, 0.9)
     assert loaded.model.config.embed_dim == 16
     # What Python stores is what the command line stores.
     stored = torch.load(path, weights_only=True)["hyper_parameters"]
     assert set(stored) == set(make_task().hparams)
+    assert set(stored["optimization"]) == set(make_task().hparams["optimization"])
     assert stored["model_name"] == "longnet_lm_tiny"
 
 
 def assert_same_task(got, expected):
     assert dict(got.hparams) == dict(expected.hparams)
+    assert got.optimization == expected.optimization
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(got.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_another_optimizer_is_refused_from_python_too(corpus, tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.fit(make_task(), datamodule=make_data(corpus))
+    trainer.save_checkpoint(tmp_path / "adamw.ckpt")
+    task = make_task(optimization=OptimizationConfig(optimizer="muon"))
+    with pytest.raises(ValueError, match="optimizer='muon' and a checkpoint of optimizer='adamw'"):
+        make_trainer(tmp_path, max_steps=4).fit(
+            task, datamodule=make_data(corpus), ckpt_path=tmp_path / "adamw.ckpt", weights_only=True
+        )
+    # Without training the optimizer does not matter.
+    make_trainer(tmp_path).validate(
+        task, datamodule=make_data(corpus), ckpt_path=tmp_path / "adamw.ckpt", weights_only=True
+    )
+
+
+def test_throughput_counts_what_it_is_told_to(corpus, tmp_path):
+    class Counting(TextLM):
+        def configure_callbacks(self):
+            return [Throughput(unit="windows", count=lambda batch: len(batch["tokens"]), window=9)]
+
+    trainer = make_trainer(tmp_path)
+    trainer.fit(Counting(model_options=model_options()), datamodule=make_data(corpus))
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    # Three steps of two windows.
+    windows = logged["windows_per_second"] * logged["train_seconds"]
+    assert windows == pytest.approx(6, rel=1e-4)
+    assert "tokens_per_second" not in logged
 
 
 def test_checkpoint_of_another_shape_is_refused_from_python_too(corpus, tmp_path):

@@ -36,7 +36,11 @@ def make_task(**options):
 
 
 def test_training_lowers_the_loss_and_resumes_exactly(corpus, tmp_path):
-    args = {"data__objective": "masked", "model__lr": 0.01, "trainer__val_check_interval": 10}
+    args = {
+        "data__objective": "masked",
+        "model__optimization__lr": 0.01,
+        "trainer__val_check_interval": 10,
+    }
     whole = arguments(corpus, tmp_path / "whole", **args, trainer__max_steps=20)
     main(["fit", *whole, *last_checkpoint_every(10)])
     losses = curve(tmp_path / "whole", "val_loss")

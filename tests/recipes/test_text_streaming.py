@@ -24,10 +24,9 @@ def files(tmp_path):
 
 
 def _dataset(files, *, seq_len=SEQ_LEN, objective="causal", is_train=lambda key: True, **options):
-    options = {"batch_size": 2, "block_size": 3, "seed": 1} | options
+    options = {"batch_size": 2, "block_size": 3, "seed": 1, "read_options": {}} | options
     return StreamingWindows(
         files,
-        read_options={},
         is_train=is_train,
         tokenizer=BYTES,
         collate=functools.partial(collate, tokenizer=BYTES, objective=objective),
@@ -108,6 +107,23 @@ def test_ranks_share_the_batches_of_one_process(files):
     assert [first + second for first, second in zip(*ranks, strict=True)] == whole
 
 
+@pytest.mark.parametrize("taken", [0, 7, 20, 31])
+def test_a_long_file_is_streamed_in_pieces_and_resumed(tmp_path, taken):
+    lines = [f"line {i}\n".encode() for i in range(40)]
+    (tmp_path / "a.txt").write_bytes(b"".join(lines))
+    found = find_files(str(tmp_path))
+    options = {"read_options": {"max_document_bytes": 50}}
+    expected = _rows(_loader(found, num_batches=48, **options))
+    # Every 56 tokens or so a piece ends.
+    num_ends = sum(row.count(BYTES.eod_id) for batch in expected for row in batch)
+    assert num_ends == pytest.approx(48 * 2 * SEQ_LEN / 56, abs=3)
+    loader = _loader(found, num_batches=48, **options)
+    _rows(itertools.islice(loader, taken))
+    resumed = _loader(found, num_batches=48 - taken, **options)
+    resumed.load_state_dict(loader.state_dict())
+    assert _rows(resumed) == expected[taken:]
+
+
 def test_held_out_documents_are_left_out(files):
     def keep(key):
         return not key.startswith("1.jsonl")
@@ -130,8 +146,7 @@ def test_files_are_shuffled_each_pass(files):
 
 def test_documents_are_tokenized_in_groups(files, monkeypatch):
     expected = _rows(_loader(files, num_batches=20))
-    monkeypatch.setattr("recipes.text_streaming._GROUP_SIZE", 2)
-    monkeypatch.setattr("recipes.text_streaming._GROUP_BYTES", 9)
+    monkeypatch.setattr("recipes.text_packing._GROUP_BYTES", 9)
     assert _rows(_loader(files, num_batches=20)) == expected
 
 
