@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from longnet_zoo.factory import ModelInfo, list_models, model_info
 from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.plot import DOTS_PER_INCH, plot_pattern
-from longnet_zoo.registry import find_model, nearest_names
+from longnet_zoo.registry import PublishedWeights, find_model, nearest_names
 
 __all__ = ["main"]
 
@@ -59,6 +59,12 @@ def _make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("list", help="list the models", description="Lists the models.")
     command.add_argument("pattern", nargs="?", default="*", help="pattern on the name: '*_lm_*'")
     command.add_argument("--modality", help="only this modality, such as text")
+    command.add_argument(
+        "--pretrained",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="only models with published weights, or only those without",
+    )
     command.set_defaults(run=_list)
 
     command = commands.add_parser("info", help="describe a model", description="Describes a model.")
@@ -110,20 +116,26 @@ def _list(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    names = list_models(options.pattern, modality=options.modality)
+    names = list_models(options.pattern, modality=options.modality, pretrained=options.pretrained)
     if not names:
-        near = nearest_names(options.pattern.strip("*"), list_models())
+        filters = {"--modality": options.modality, "--pretrained": options.pretrained}
+        given = "".join(f", {name} {x}" for name, x in filters.items() if x is not None)
+        near = "" if given else nearest_names(options.pattern.strip("*"), list_models())
         cure = f"Did you mean {near}?" if near else "`longnet-zoo list` shows all."
-        raise ValueError(f"no model matches {options.pattern!r}. {cure}")
-    table = Table(box=box.SIMPLE_HEAD)
+        raise ValueError(f"no model matches {options.pattern!r}{given}. {cure}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True, style="bold")
     table.add_column("modality", no_wrap=True)
-    table.add_column("parameters", no_wrap=True, justify="right")
+    table.add_column("size", no_wrap=True, justify="right")
+    table.add_column("weights", no_wrap=True)
     table.add_column("what")
     for info in map(model_info, names):
-        weights = f"; weights: {info.weights[0].licence}" if info.weights else ""
         table.add_row(
-            info.name, info.modality, _short(info.num_params), f"{info.description}{weights}"
+            info.name,
+            info.modality.replace("-", "-\n"),  # two short lines leave room for the last column
+            _short(info.num_params),
+            "yes" if info.weights else "",
+            info.description,
         )
     Console().print(table)
 
@@ -140,7 +152,8 @@ def _info(options: argparse.Namespace) -> None:
     facts = Table(box=None, show_header=False, title=info.name, title_justify="left")
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column()
-    for name, value in _facts(info).items():
+    facts.columns[1].overflow = "fold"  # addresses have no spaces
+    for name, value in [*_facts(info).items(), *map(_weights_fact, info.weights)]:
         facts.add_row(name, value)
     config = Table("option", "default", box=box.SIMPLE_HEAD)
     for name, value in asdict(info.config).items():
@@ -209,12 +222,24 @@ def _facts(info: ModelInfo) -> dict[str, str]:
         "family": info.family,
         "modality": info.modality,
         "source": info.source,
-        "weights": "; ".join(f"{x.tag} ({x.licence})" for x in info.weights) or "none published",
+        "weights": "; ".join(x.tag for x in info.weights) or "none published",
         "segment lengths": " ".join(map(str, info.pattern.segment_lengths)),
         "dilation rates": " ".join(map(str, info.pattern.dilation_rates)),
         "parameters": f"{info.num_params:,} ({_short(info.num_params)})",
         "forward FLOPs": f"{_short(info.flops)} for {info.seq_len:,} tokens",
     }
+
+
+def _weights_fact(weights: PublishedWeights) -> tuple[str, str]:
+    """What to know before loading them: where, under which licence, how checked."""
+    lines = [
+        weights.location,
+        f"licence: {weights.licence}",
+        f"SHA-256: {weights.sha256 or 'none stated by the publisher'}",
+        f"note: {weights.note}" if weights.note else "",
+        f"options: {dict(weights.options)}" if weights.options else "",
+    ]
+    return f"- {weights.tag}", "\n".join(filter(None, lines))
 
 
 def _short(number: int) -> str:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import longnet_zoo.models  # noqa: F401 - registers every model
+from longnet_zoo.models import config_from_json  # registers every model
 from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.registry import (
     ModelEntry,
@@ -19,11 +19,16 @@ from longnet_zoo.registry import (
     nearest_names,
     registered_models,
 )
-from longnet_zoo.weights import load_state_dict, read_state_dict
+from longnet_zoo.weights import (
+    CONVERTERS,
+    DownloadOptions,
+    FoundWeights,
+    Pretrained,
+    find_weights,
+    load_state_dict,
+)
 
 __all__ = ["ModelInfo", "create_model", "list_models", "model_info"]
-
-Pretrained = bool | str | os.PathLike[str] | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,36 +62,59 @@ class ModelInfo:
     weights: tuple[PublishedWeights, ...]
 
 
-def create_model(name: str, *, pretrained: Pretrained = False, **options: Any) -> nn.Module:
+def create_model(
+    name: str,
+    *,
+    pretrained: Pretrained = False,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    **options: Any,
+) -> nn.Module:
     """Makes a registered model.
+
+    Weights are loaded strictly: a model comes back with all of them or not at all. Published names
+    are translated, and the options that such weights were trained with become the defaults.
 
     Args:
         name: A name of `list_models()`.
-        pretrained: Where its weights come from. False: initial values. A path of a `.safetensors`,
-            `.pth`, `.pt`, `.bin` or `.ckpt` file, or a state dict: loaded strictly. True: the
-            published weights.
+        pretrained: Where its weights come from. False: initial values. True: the published
+            weights; a tag of `model_info(name).weights`: those. The path of a `.safetensors`,
+            `.pth`, `.pt`, `.bin` or `.ckpt` file, or of a folder that `save_pretrained` wrote:
+            its config gives the defaults. `"hf_hub:owner/name[@revision][/file]"`: a repository
+            or a file on the Hugging Face Hub. The `https://` address of a file. Or a state dict.
+        revision: Branch, tag or commit on the Hub.
+        cache_dir: Folder for what is downloaded; None: the cache of huggingface_hub or torch.hub.
+        token: Token for the Hub; None: the one of `hf auth login`.
+        local_files_only: Whether to take only what was downloaded before, as with
+            `HF_HUB_OFFLINE=1`.
         **options: Fields of the model's config that differ from its defaults.
 
     Returns:
         The model, in training mode.
 
     Raises:
-        ValueError: If the name is unknown, an option has a bad value, weights do not fit, or
-            there are no published weights.
+        ValueError: If the name is unknown, an option has a bad value, weights do not fit or have
+            another digest, or there are no published weights.
         TypeError: If an option is unknown or of the wrong type.
-        FileNotFoundError: If `pretrained` is a path without a file.
+        FileNotFoundError: If there is nothing where the weights should be.
+        PermissionError: If they are in a gated repository.
+        ConnectionError: If they cannot be downloaded.
 
     Example:
         >>> model = create_model("longnet_lm_tiny", vocab_size=1000, num_layers=2)
         >>> logits = model(torch.randint(1000, (1, 4096)))
     """
     entry = find_model(name)
-    config = _configure(entry, options)
-    source, state_dict = _find_weights(entry, pretrained)
-    model = entry.build(config)
-    if state_dict is not None:
-        load_state_dict(model, state_dict, source=source)
-    return model
+    _check_names(entry, options)
+    download = DownloadOptions(
+        revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+    )
+    weights = find_weights(entry, pretrained, download)
+    if weights is None:
+        return entry.build(replace(entry.config, **options))
+    return _build_with(entry, weights, options)
 
 
 def list_models(
@@ -132,8 +160,7 @@ def model_info(name: str, seq_len: int | None = None) -> ModelInfo:
         seq_len = entry.config.usual_seq_len
     if type(seq_len) is not int or seq_len < 1:
         raise ValueError(f"seq_len must be an integer of at least 1, got {seq_len!r}.")
-    with torch.device("meta"):
-        model: Any = entry.build(entry.config)
+    model = _build_empty(entry)
     return ModelInfo(
         name=name,
         family=entry.family,
@@ -149,7 +176,7 @@ def model_info(name: str, seq_len: int | None = None) -> ModelInfo:
     )
 
 
-def _configure(entry: ModelEntry, options: dict[str, Any]) -> Any:
+def _check_names(entry: ModelEntry, options: Mapping[str, Any]) -> None:
     valid = [field.name for field in fields(entry.config)]
     for option in options:
         if option not in valid:
@@ -158,26 +185,28 @@ def _configure(entry: ModelEntry, options: dict[str, Any]) -> Any:
             raise TypeError(
                 f"{entry.name} has no option {option!r}. {cure}Options: {', '.join(valid)}."
             )
-    return replace(entry.config, **options)
 
 
-def _find_weights(
-    entry: ModelEntry, pretrained: Pretrained
-) -> tuple[str, Mapping[str, Tensor] | None]:
-    if pretrained is False:
-        return "", None
-    if pretrained is True:
-        if not entry.weights:
-            raise ValueError(
-                f"no weights are published for {entry.name!r}. Pass pretrained=False, or your own: "
-                "the path of a .safetensors, .pth, .pt, .bin or .ckpt file, or a state dict."
-            )
-        pretrained = entry.weights[0].location
-    if isinstance(pretrained, Mapping):
-        return "the state dict", pretrained
-    if isinstance(pretrained, (str, os.PathLike)):
-        return repr(os.fspath(pretrained)), read_state_dict(pretrained)
-    raise TypeError(
-        "pretrained must be a bool, the path of a file or a state dict, got "
-        f"{type(pretrained).__name__}."
-    )
+def _build_with(entry: ModelEntry, weights: FoundWeights, options: Mapping[str, Any]) -> nn.Module:
+    """Makes a model with weights; what the user asks for wins over what they were trained with."""
+    converter = CONVERTERS.get(entry.family)
+    state_dict = weights.state_dict
+    if converter is not None and not converter.is_published(state_dict):
+        converter = None
+    config, trained = entry.config, dict(weights.options)
+    if weights.config is not None:
+        config = config_from_json(type(_build_empty(entry)), weights.config)
+    elif converter is not None:
+        trained = {**converter.options, **trained}
+    config = replace(config, **{**trained, **options})
+    if converter is not None:
+        state_dict = converter.from_published(state_dict, config)
+    model = entry.build(config)
+    load_state_dict(model, state_dict, source=weights.source)
+    return model
+
+
+def _build_empty(entry: ModelEntry) -> Any:
+    """Makes a model without memory for its weights."""
+    with torch.device("meta"):
+        return entry.build(entry.config)

@@ -1,13 +1,15 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from longnet_zoo import cli
+from longnet_zoo import cli, registry
 from longnet_zoo.cli import main
 from longnet_zoo.factory import list_models, model_info
+from longnet_zoo.registry import PublishedWeights, find_model
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +38,7 @@ def test_list_shows_every_model_in_80_columns(capsys):
     assert max(map(len, lines)) <= 80
     for name in list_models():
         (line,) = [line for line in lines if line.split()[:1] == [name]]
-        assert "text" in line
+        assert ("yes" in line.split()) == bool(model_info(name).weights)
     assert "162M" in next(line for line in lines if "longnet_lm_base" in line)
 
 
@@ -44,6 +46,37 @@ def test_list_filters(capsys):
     out = run("list", "*mlm*", "--modality", "text", capsys=capsys)
     assert "longnet_mlm_tiny" in out
     assert "longnet_lm_tiny" not in out
+
+
+def test_list_of_models_with_weights(capsys):
+    out = run("list", "--pretrained", capsys=capsys)
+    assert "longvit_small_patch32_1024" in out
+    assert "longnet_lm_tiny" not in out
+    out = run("list", "--no-pretrained", capsys=capsys)
+    assert "longvit_small_patch32_1024" not in out
+    assert "longnet_lm_tiny" in out
+
+
+def test_info_shows_what_to_know_of_each_weights(capsys, monkeypatch):
+    weights = (
+        PublishedWeights(tag="one", location="hf_hub:a/b", licence="MIT", note="gated"),
+        PublishedWeights(
+            tag="two", location="https://x/" + 90 * "y", licence="CC", sha256="f" * 64
+        ),
+        PublishedWeights(tag="three", location="w.pth", licence="CC", options={"dropout": 0.5}),
+    )
+    entry = replace(find_model("longnet_lm_tiny"), weights=weights)
+    monkeypatch.setitem(registry._ENTRIES, "longnet_lm_tiny", entry)
+    out = run("info", "longnet_lm_tiny", capsys=capsys)
+    assert max(map(len, out.splitlines())) <= 80
+    words = " ".join(out.split())
+    assert "weights one; two; three" in words
+    assert (
+        "- one hf_hub:a/b licence: MIT SHA-256: none stated by the publisher note: gated" in words
+    )
+    assert "f" * 40 in out
+    assert out.count("y") > 90
+    assert "options: {'dropout': 0.5}" in words
 
 
 def test_info_shows_parameters_flops_and_options(capsys):
@@ -125,7 +158,11 @@ def test_plot_pattern_options_win(monkeypatch, tmp_path):
             "no model matches 'longnet_lm_tny'. Did you mean 'longnet_lm_tiny'",
         ),
         ("list zzz*", "no model matches 'zzz*'. `longnet-zoo list` shows all."),
-        ("list --modality smell", "modality must be one of 'text', got 'smell'"),
+        ("list --modality smell", "must be one of 'slide', 'text', 'vision', 'vision-language', g"),
+        (
+            "list *_lm_* --pretrained",
+            "no model matches '*_lm_*', --pretrained True. `longnet-zoo l",
+        ),
         ("lst", "invalid choice: 'lst'"),
         ("", "the following arguments are required: COMMAND"),
         ("plot-pattern --output p.png", "give --segment-lengths and --dilation-rates, or --model"),

@@ -3,11 +3,13 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from longnet_zoo import factory, registry
 from longnet_zoo.factory import create_model, list_models, model_info
-from longnet_zoo.models import LongNetLM, LongNetMLM
+from longnet_zoo.models import LongNetLM, LongNetLMConfig, LongNetMLM
 from longnet_zoo.registry import PublishedWeights, find_model, register_model
+from longnet_zoo.weights import CONVERTERS, to_published_state_dict
 
 SMALL = {
     "vocab_size": 61,
@@ -17,6 +19,25 @@ SMALL = {
     "segment_lengths": (7, 16),
     "dilation_rates": (1, 3),
 }
+TRAINED = {"head_offset": "block", "padded_keys": "zero"}
+# One small model of each family whose weights are published under other names.
+SMALL_MODELS = {
+    "gigapath_slide": ("gigapath_slide_enc12l768d", {"embed_dim": 32, "num_layers": 1}),
+    "longnet_beit3": ("longnet_beit3_tiny", {"num_layers": 1}),
+    "longnet_lm": ("longnet_lm_tiny", SMALL),
+    "longnet_mlm": ("longnet_mlm_tiny", {**SMALL, "position": "xpos"}),
+    "longvit": ("longvit_tiny_patch8_64", {"num_layers": 1}),
+}
+
+
+class OtherConfig(LongNetLMConfig):
+    pass
+
+
+class OtherLM(LongNetLM):
+    config_class = OtherConfig
+
+
 TOKENS = torch.arange(40).reshape(2, 20)
 
 
@@ -80,10 +101,11 @@ def test_published_weights_are_loaded_from_where_they_are_registered(tmp_path, m
             PublishedWeights(tag="a", location=str(tmp_path / "w.safetensors"), licence="MIT"),
         ),
     )(LongNetLM)
-    assert list_models(pretrained=True) == ["longnet_lm_trained"]
+    assert list_models("longnet_lm_*", pretrained=True) == ["longnet_lm_trained"]
     assert model_info("longnet_lm_trained").weights[0].licence == "MIT"
-    loaded = create_model("longnet_lm_trained", pretrained=True)
-    assert torch.equal(loaded(TOKENS), model(TOKENS))
+    for pretrained in (True, "a"):
+        loaded = create_model("longnet_lm_trained", pretrained=pretrained)
+        assert torch.equal(loaded(TOKENS), model(TOKENS))
     assert not torch.equal(create_model("longnet_lm_trained")(TOKENS), model(TOKENS))
 
 
@@ -105,15 +127,77 @@ def test_weights_that_do_not_fit_are_refused_with_every_key():
     ("pretrained", "error", "message"),
     [
         (True, ValueError, "no weights are published for 'longnet_lm_tiny'.*a state dict"),
-        ("org/model", FileNotFoundError, "local file .*got 'org/model', which does not exist"),
-        ("gone.safetensors", FileNotFoundError, "'gone.safetensors', which does not exist"),
-        (3, TypeError, "pretrained must be a bool, the path .*got int"),
-        (None, TypeError, "pretrained must be a bool, the path .*got NoneType"),
+        ("org/model", FileNotFoundError, "'org/model' does not exist: .*tags: none.*hf_hub:owner"),
+        ("gone.safetensors", FileNotFoundError, "'gone.safetensors' does not exist"),
+        (3, TypeError, "pretrained must be True, a tag, the path .*got int"),
+        (None, TypeError, "pretrained must be True, a tag, the path .*got NoneType"),
     ],
 )
 def test_weights_that_are_not_there_are_refused(pretrained, error, message):
     with pytest.raises(error, match=message):
         create_model("longnet_lm_tiny", pretrained=pretrained, **SMALL)
+
+
+@pytest.mark.parametrize("family", sorted(CONVERTERS))
+def test_published_names_bring_the_options_they_were_trained_with(family):
+    name, options = SMALL_MODELS[family]
+    trained = CONVERTERS[family].options
+    model = create_model(name, **{**options, **trained})
+    published = to_published_state_dict(model)
+    assert published.keys() != model.state_dict().keys()
+    loaded = create_model(name, pretrained=published, **options)
+    assert loaded.config == model.config
+    for key, x in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], x), key
+
+
+def test_users_options_win_over_those_of_published_weights():
+    model = create_model("longnet_lm_tiny", head_offset="block", **SMALL)
+    published = to_published_state_dict(create_model("longnet_lm_tiny", **SMALL, **TRAINED))
+    kept = create_model("longnet_lm_tiny", pretrained=published, padded_keys="ignore", **SMALL)
+    assert kept.config == model.config
+    # Our names bring nothing.
+    loaded = create_model("longnet_lm_tiny", pretrained=model.state_dict(), **SMALL)
+    assert (loaded.config.head_offset, loaded.config.padded_keys) == ("modulo", "ignore")
+
+
+def test_options_of_registered_weights_win_over_those_of_their_names(tmp_path, monkeypatch):
+    model = create_model("longnet_lm_tiny", **SMALL, **TRAINED)
+    torch.save({"model": to_published_state_dict(model)}, tmp_path / "w.pth")
+    weights = PublishedWeights(
+        tag="a",
+        location=str(tmp_path / "w.pth"),
+        licence="MIT",
+        options={**SMALL, "head_offset": "modulo", "dropout": 0.5},
+    )
+    entry = replace(find_model("longnet_lm_tiny"), weights=(weights,))
+    monkeypatch.setitem(registry._ENTRIES, "longnet_lm_tiny", entry)
+    config = create_model("longnet_lm_tiny", pretrained="a", dropout=0.25).config
+    assert (config.head_offset, config.padded_keys, config.dropout) == ("modulo", "zero", 0.25)
+
+
+def test_folder_of_save_pretrained_brings_its_config(tmp_path):
+    model = create_model("longnet_lm_tiny", **SMALL, **TRAINED, num_outputs=0)
+    model.save_pretrained(tmp_path)
+    loaded = create_model("longnet_lm_base", pretrained=tmp_path, num_heads=2, dropout=0.5)
+    assert loaded.config == replace(model.config, num_heads=2, dropout=0.5)
+    assert torch.equal(loaded.embedding.weight, model.embedding.weight)
+    with pytest.raises(ValueError, match=r"one of LongNetMLM, got model='LongNetLM'.*file alone"):
+        create_model("longnet_mlm_tiny", pretrained=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (nn.Linear(2, 2), TypeError, "one of this package, got Linear"),
+        ("other", NotImplementedError, "like those of OtherLM are published.*longnet_lm, "),
+    ],
+)
+def test_model_without_published_names_is_refused(model, error, message):
+    if model == "other":
+        model = OtherLM(OtherConfig(**SMALL))
+    with pytest.raises(error, match=message):
+        to_published_state_dict(model)
 
 
 def test_weights_are_looked_for_before_the_model_is_made(monkeypatch):
@@ -129,10 +213,11 @@ def test_weights_are_looked_for_before_the_model_is_made(monkeypatch):
 def test_list_models_filters():
     assert list_models("*mlm*") == list_models(family="longnet_mlm")
     assert list_models("*mlm*") == ["longnet_mlm_base", "longnet_mlm_tiny"]
-    assert list_models(modality="text") == list_models()
-    assert list_models(pretrained=True) == []
-    with pytest.raises(ValueError, match="modality must be one of 'text', got 'vision'"):
-        list_models(modality="vision")
+    assert set(list_models(modality="text")) < set(list_models())
+    assert "longvit_small_patch32_1024" in list_models(pretrained=True)
+    assert "longnet_lm_tiny" in list_models(pretrained=False)
+    with pytest.raises(ValueError, match=r"modality must be one of .*'text'.*, got 'smell'"):
+        list_models(modality="smell")
 
 
 def test_model_info_takes_no_memory_and_defaults_to_the_longest_segment():

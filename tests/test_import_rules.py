@@ -21,7 +21,7 @@ ALLOWED = {
     "models": {"ops", "layers", "registry"},
     "weights": {"ops", "models", "registry"},
     "factory": {"ops", "models", "weights", "parallel", "registry"},
-    "timm_registry": {"models", "weights", "factory", "registry"},
+    "timm_registry": {"layers", "models", "weights", "factory", "registry"},
     "planner": {"ops", "models", "factory", "registry"},
     "interop": {"ops", "layers", "models", "weights", "factory", "registry"},
     "plot": {"ops"},

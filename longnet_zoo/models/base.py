@@ -26,8 +26,8 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
     """Base of every model: made from a config, with its body as `stack`.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` are huggingface_hub's. They keep the
-    config beside the weights; loading is strict, and any option can be changed by keyword:
-    `LongNetLM.from_pretrained(folder, dropout=0.1)`.
+    config beside the weights; loading is strict, gives a model in evaluation mode, and any option
+    can be changed by keyword: `LongNetLM.from_pretrained(folder, dropout=0.1)`.
 
     Args:
         config: The options.
@@ -79,9 +79,33 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
         )
         return 2 * _linear_weights(self.stack) * seq_len + config.num_layers * attention
 
+    def save_pretrained(
+        self, save_directory: str | Path, *, config: Any = None, **options: Any
+    ) -> str | None:
+        """Saves weights, config and a model card; see `huggingface_hub.ModelHubMixin`.
+
+        Args:
+            save_directory: The folder; it is made if need be.
+            config: The config of this model; another one would not describe it.
+            **options: Options of huggingface_hub, such as `push_to_hub=True` and `repo_id`.
+
+        Returns:
+            The address of the commit for `push_to_hub=True`, else None.
+
+        Raises:
+            ValueError: If `config` is another one than that of this model.
+        """
+        if config is not None and config not in (self.config, asdict(self.config)):
+            raise ValueError(
+                f"a model is saved with its own config, {self.config}, got config={config}. Leave "
+                "it out."
+            )
+        # The mixin keeps the config that the model was made with; a replaced head changes it.
+        self._hub_mixin_config = self.config
+        return super().save_pretrained(save_directory, config=config, **options)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
-        # The config of today: a replaced head has changed it since the model was made.
         content = {_MODEL_KEY: type(self).__name__, **asdict(self.config)}
         path = save_directory / constants.CONFIG_NAME
         path.write_text(json.dumps(content, sort_keys=True, indent=2) + "\n")
@@ -100,28 +124,31 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
         token: str | bool | None,
         **options: Any,
     ) -> ModelT:
+        def find(name: str) -> Path:
+            if Path(model_id).is_dir():
+                return Path(model_id, name)
+            path = hf_hub_download(
+                model_id,
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
+            return Path(path)
+
         if config is None:
+            # The mixin goes on without a config whatever the reason; the Hub's own error says more.
             raise FileNotFoundError(
-                f"{model_id!r} has no {constants.CONFIG_NAME}, so its sizes are unknown. Use "
+                f"{find(constants.CONFIG_NAME)} does not exist, so the sizes are unknown. Use "
                 "longnet_zoo.create_model(name, pretrained=...), or pass config=..."
             )
         if not isinstance(config, ModelConfig):
             config = config_from_json(cls, config)
-        path = Path(model_id, constants.SAFETENSORS_SINGLE_FILE)
-        if not Path(model_id).is_dir():
-            path = Path(
-                hf_hub_download(
-                    model_id,
-                    constants.SAFETENSORS_SINGLE_FILE,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                )
-            )
+        weights = load_file(find(constants.SAFETENSORS_SINGLE_FILE))
         model = cls(replace(config, **options))
-        model.load_state_dict(load_file(path, device=map_location), strict=True)
+        model.load_state_dict(weights, strict=True)
         return model.to(map_location).eval()
 
 
@@ -149,7 +176,9 @@ def config_from_json(model_class: type[ZooModel], content: Mapping[str, Any]) ->
     if content.get(_MODEL_KEY) != model_class.__name__ or unknown:
         raise ValueError(
             f"{constants.CONFIG_NAME} must be one of {model_class.__name__}, got "
-            f"{_MODEL_KEY}={content.get(_MODEL_KEY)!r} and the unknown fields {unknown}."
+            f"{_MODEL_KEY}={content.get(_MODEL_KEY)!r} and the unknown fields {unknown}. Load it "
+            "with the class that saved it, or pass the path of the weights file alone to "
+            "longnet_zoo.create_model."
         )
     return model_class.config_class(**options)
 

@@ -1,6 +1,9 @@
 """Weights from files, state dicts and other code bases. Foreign names stop here."""
 
+from .converters import CONVERTERS, to_published_state_dict
+from .download import DownloadOptions
 from .load import load_state_dict, read_state_dict
+from .sources import FoundWeights, Pretrained, find_weights
 from .torchscale import (
     config_from_torchscale,
     convert_torchscale_state_dict,
@@ -9,10 +12,16 @@ from .torchscale import (
 )
 
 __all__ = [
+    "CONVERTERS",
+    "DownloadOptions",
+    "FoundWeights",
+    "Pretrained",
     "config_from_torchscale",
     "convert_torchscale_state_dict",
+    "find_weights",
     "load_state_dict",
     "model_from_torchscale",
     "read_state_dict",
+    "to_published_state_dict",
     "to_torchscale_state_dict",
 ]

@@ -16,11 +16,12 @@ from torch import Tensor
 from longnet_zoo.models import DENSE_SEGMENT, LongNetLM, LongNetLMConfig, LongNetMLM, TextConfig
 from longnet_zoo.ops.positions import xpos_zeta
 
-from .keys import layer_names
+from .keys import Converter, layer_names
 from .load import load_state_dict
 from .torchscale_config import config_from_torchscale
 
 __all__ = [
+    "CONVERTER",
     "config_from_torchscale",
     "convert_torchscale_state_dict",
     "model_from_torchscale",
@@ -61,7 +62,8 @@ def convert_torchscale_state_dict(
 
     Raises:
         ValueError: If a key has no counterpart in this model (all such keys are listed), a buffer
-            has another value, or a head that should be tied differs from the embedding.
+            has another value, the weights were trained with other positions, or a head that
+            should be tied differs from the embedding.
     """
     names = _key_table(config)
     zeta_keys = _zeta_keys(config)
@@ -75,6 +77,7 @@ def convert_torchscale_state_dict(
             f"position={config.position!r}, num_layers={config.num_layers}, "
             f"vocab_size={config.vocab_size}, num_outputs={config.num_outputs}."
         )
+    _check_position(state_dict, config)
     _check_zetas({key: state_dict[key] for key in zeta_keys & state_dict.keys()}, config)
     _check_tied_head(state_dict, config)
     converted = {names[key]: tensor for key, tensor in state_dict.items() if key in names}
@@ -137,6 +140,14 @@ def model_from_torchscale(
     return model
 
 
+CONVERTER = Converter(
+    is_published=lambda state_dict: any(key.startswith("layers.") for key in state_dict),
+    from_published=convert_torchscale_state_dict,
+    to_published=to_torchscale_state_dict,
+    options={"head_offset": "block", "padded_keys": "zero"},
+)
+
+
 def _key_table(config: TextConfig) -> dict[str, str]:
     """Published key -> our key, for all keys of the model that the config describes."""
     outer = _DECODER_NAMES if config.is_causal else _ENCODER_NAMES
@@ -166,6 +177,20 @@ def _key_table(config: TextConfig) -> dict[str, str]:
 def _zeta_keys(config: TextConfig) -> set[str]:
     layers = range(config.num_layers) if config.position == "xpos" else range(0)
     return {f"layers.{layer}.self_attn.xpos.scale" for layer in layers}
+
+
+def _check_position(state_dict: Mapping[str, Tensor], config: TextConfig) -> None:
+    """Refuses positions that the weights were not trained with, for which no key would be missed.
+
+    Checkpoints with xPos hold its constants; those without have a relative bias, or no positions.
+    """
+    if config.position in ("rotary", "alibi") or (
+        config.position == "xpos" and not _zeta_keys(config) & state_dict.keys()
+    ):
+        raise ValueError(
+            "torchscale weights without xPos constants need position='relative' or None, got "
+            f"position={config.position!r}. Pass the one they were trained with."
+        )
 
 
 def _check_zetas(buffers: Mapping[str, Tensor], config: TextConfig) -> None:

@@ -1,8 +1,11 @@
+import argparse
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from longnet_zoo.factory import create_model
 from longnet_zoo.weights import load_state_dict, read_state_dict
 
 
@@ -15,6 +18,35 @@ def test_file_gives_back_what_was_saved(suffix, tmp_path):
     saved, path = state(), tmp_path / f"w{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(saved, path)
     read = read_state_dict(path)
+    assert read.keys() == saved.keys()
+    assert all(torch.equal(read[key], saved[key]) for key in saved)
+
+
+def test_checkpoint_may_carry_its_arguments(tmp_path):
+    saved = state()
+    torch.save({"model": saved, "args": argparse.Namespace(lr=0.1)}, tmp_path / "w.pth")
+    assert read_state_dict(tmp_path / "w.pth").keys() == saved.keys()
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda x, y: {"state_dict": x, "epoch": 3},
+        lambda x, y: {"model": x, "optimizer": {"state": y}},
+        lambda x, y: {"student": y, "teacher": x, "epoch": 3},
+        lambda x, y: {"module": x},
+        lambda x, y: {"model": {"state_dict": x}},
+        lambda x, y: {f"module.{key}": value for key, value in x.items()},
+        lambda x, y: {"teacher": {f"module.{key}": value for key, value in x.items()}},
+        lambda x, y: {"state_dict": {f"model._orig_mod.{key}": v for key, v in x.items()}},
+    ],
+)
+def test_containers_and_prefixes_are_removed(content, tmp_path):
+    saved = state()
+    other = {key: x + 1 for key, x in saved.items()}
+    torch.save(content(saved, other), tmp_path / "w.pth")
+    read = read_state_dict(tmp_path / "w.pth")
     assert read.keys() == saved.keys()
     assert all(torch.equal(read[key], saved[key]) for key in saved)
 
@@ -49,7 +81,8 @@ class Unwelcome:
     [
         ({"weight": Unwelcome()}, "cannot read weights .*plain state dict"),
         ([torch.zeros(2)], "must be a mapping of names to tensors, .* holds a list"),
-        ({"model": {"weight": torch.zeros(2)}, "epoch": 3}, r"entries \['model', 'epoch'\] are"),
+        ({"student": {"weight": torch.zeros(2)}, "epoch": 3}, r"entries \['student', 'epoch'\]"),
+        ({"model": {}}, "it is empty"),
         ({}, "it is empty"),
     ],
 )
@@ -92,3 +125,31 @@ def test_strict_loading_copies_every_tensor():
 def test_state_dict_of_something_else_is_refused():
     with pytest.raises(ValueError, match=r"my dict must map names to tensors, .* at bias, epoch"):
         load_state_dict(nn.Linear(3, 2), state() | {"bias": 1.0, "epoch": 3}, source="my dict")
+
+
+@pytest.mark.parametrize(
+    ("name", "loaded", "wanted", "message"),
+    [
+        ("longvit_tiny_patch8_64", 5, 3, "1 of another|2 of another.*num_classes=5 as in the weig"),
+        ("longvit_tiny_patch8_64", 5, 0, "unexpected .*head.bias.*num_classes=5 as in the weights"),
+        ("longvit_tiny_patch8_64", 0, 5, "missing .*head.bias.*num_classes=0 as in the weights"),
+        ("longnet_beit3_tiny", 5, 3, "num_classes=5 as in the weights, then call reset_classifier"),
+    ],
+)
+def test_head_of_another_size_names_the_way_to_a_new_one(name, loaded, wanted, message):
+    state_dict = create_model(name, num_layers=1, num_classes=loaded).state_dict()
+    model = create_model(name, num_layers=1, num_classes=wanted)
+    with pytest.raises(ValueError, match=message):
+        load_state_dict(model, state_dict)
+    # The way that the message names.
+    model.reset_classifier(loaded)
+    load_state_dict(model, state_dict)
+    model.reset_classifier(wanted)
+
+
+def test_other_keys_do_not_blame_the_head():
+    model = create_model("longvit_tiny_patch8_64", num_layers=1, num_classes=5)
+    state_dict = create_model("longvit_tiny_patch8_64", num_layers=2, num_classes=5).state_dict()
+    with pytest.raises(ValueError, match="with the options that the weights") as caught:
+        load_state_dict(model, state_dict)
+    assert "num_classes" not in str(caught.value)

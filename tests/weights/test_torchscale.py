@@ -1,6 +1,7 @@
 """Published models must come out as they were; tests/fixtures holds torchscale's own outputs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,14 @@ def test_keys_that_are_left_over_or_missing_are_all_listed():
         model_from_torchscale(weights, {**config, "xpos_rel_pos": False})
     with pytest.raises(ValueError, match=r"output_projection.weight.*num_outputs=0"):
         model_from_torchscale(weights, {**config, "no_output_layer": True})
+
+
+@pytest.mark.parametrize("position", ["xpos", "rotary", "alibi"])
+def test_positions_that_no_key_would_miss_are_refused(position):
+    config, weights, _ = read("longnet_decoder")
+    ours = replace(config_from_torchscale(config), position=position)
+    with pytest.raises(ValueError, match=f"without xPos constants .*got position='{position}'"):
+        convert_torchscale_state_dict(weights, ours)
 
 
 def test_other_constants_of_xpos_are_refused():

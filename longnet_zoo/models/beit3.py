@@ -1,0 +1,398 @@
+"""BEiT-3 (arXiv 2208.10442): one multiway Transformer for images, texts and pairs of both.
+
+An image becomes patches behind a class token, a text becomes tokens; image, then text, go through
+one stack, where all tokens attend to each other and each modality has its own linear layers and
+norms. With the default, dense pattern this is BEiT-3; with `segment_lengths` and `dilation_rates`
+the same weights take long texts and large images. Facts from microsoft/torchscale,
+`model/BEiT3.py`, and microsoft/unilm, `beit3/`.
+
+Shape legend: b batch, p num_patches, t text_len, n seq_len, e embed_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from longnet_zoo.layers import Route
+from longnet_zoo.ops.cross_entropy import linear_cross_entropy
+from longnet_zoo.registry import register_model
+
+from .base import ZooModel, make_stack
+from .beit3_config import BEiT3Config, GlobalPool, TrainingHead, published_weights
+from .beit3_heads import RetrievalHead, make_classifier, make_linear
+from .beit3_inputs import ImageEmbedding, TextEmbedding, check_inputs, check_labels
+
+__all__ = [
+    "BEiT3",
+    "BEiT3Config",
+    "longnet_beit3_base_patch16_224",
+    "longnet_beit3_large_patch16_224",
+    "longnet_beit3_tiny",
+]
+
+
+class BEiT3(ZooModel):
+    """Multiway Transformer for images, texts and both (BEiT-3).
+
+    The output has the tokens of the image first (class token, then patches row by row), then those
+    of the text. Where only one of them is given, only its weights are used.
+
+    Args:
+        config: The options.
+
+    Raises:
+        TypeError: If the config is that of another family.
+
+    Example:
+        >>> model = BEiT3(BEiT3Config(num_layers=2, num_classes=10))
+        >>> image, tokens = torch.randn(1, 3, 224, 224), torch.randint(64010, (1, 20))
+        >>> logits = model(image, tokens)  # (1, 10)
+        >>> features = model.forward_features(tokens=tokens)  # (1, 20, 768)
+    """
+
+    config_class = BEiT3Config
+    config: BEiT3Config
+
+    def __init__(self, config: BEiT3Config) -> None:
+        super().__init__(config)
+        embed_dim, vocab_size = config.embed_dim, config.vocab_size
+        self.image_embed = ImageEmbedding(config)
+        self.text_embed = None if vocab_size is None else TextEmbedding(config)
+        self.dropout = nn.Dropout(config.dropout)
+        options = {"num_modalities": config.num_modalities, "final_norm": config.final_norm}
+        self.stack = make_stack(config, position=None, **options)
+        self.masked_image_head: nn.Linear | None = None
+        if "masked_image" in config.heads:
+            self.masked_image_head = make_linear(embed_dim, config.num_visual_tokens)
+        self.masked_text_head: nn.Linear | None = None
+        if "masked_text" in config.heads and vocab_size is not None:
+            self.masked_text_head = make_linear(embed_dim, vocab_size)
+        self.retrieval_head: RetrievalHead | None = None
+        if "retrieval" in config.heads:
+            self.retrieval_head = RetrievalHead(embed_dim=embed_dim)
+        self.classifier = make_classifier(config)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the classification head; 0 without one."""
+        return self.config.num_classes
+
+    @property
+    def embed_dim(self) -> int:
+        """Channels of a feature."""
+        return self.config.embed_dim
+
+    @property
+    def num_features(self) -> int:
+        """Channels of a feature, by timm's name."""
+        return self.config.embed_dim
+
+    def forward(
+        self,
+        image: Tensor | None = None,
+        tokens: Tensor | None = None,
+        *,
+        text_padding_mask: Tensor | None = None,
+        image_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Classifies an image, a text, or a pair of both.
+
+        Args:
+            image: As for `forward_features`.
+            tokens: As for `forward_features`.
+            text_padding_mask: As for `forward_features`.
+            image_mask: As for `forward_features`.
+
+        Returns:
+            Logits, (batch, num_classes); pooled features (batch, embed_dim) for a model without a
+            classification head.
+
+        Raises:
+            ValueError: As `forward_features`, and for `global_pool="avg"` without an image.
+            TypeError: As `forward_features`.
+        """
+        features = self.forward_features(
+            image, tokens, text_padding_mask=text_padding_mask, image_mask=image_mask
+        )
+        if image is None and self.config.global_pool == "avg":
+            raise ValueError(
+                "global_pool='avg' is the mean over the patches of an image, got image=None. "
+                "Use forward_features, or global_pool='token'."
+            )
+        return self.forward_head(features)
+
+    def forward_features(
+        self,
+        image: Tensor | None = None,
+        tokens: Tensor | None = None,
+        *,
+        text_padding_mask: Tensor | None = None,
+        image_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Computes features of all tokens, image then text; at least one of them must be given.
+
+        Args:
+            image: Images, (batch, in_chans, img_size, img_size).
+            tokens: Token ids, integers (batch, text_len) with text_len up to `max_text_len`.
+            text_padding_mask: Bool (batch, text_len), True = padding.
+            image_mask: Bool (batch, num_patches), True = hidden by the mask token.
+
+        Returns:
+            Features, (batch, seq_len, embed_dim), with seq_len = 1 + num_patches for an image plus
+            text_len for a text.
+
+        Raises:
+            ValueError: If neither is given, shapes or token ids do not fit the model, or a mask
+                comes without what it masks.
+            TypeError: If images are not floating, tokens not integers or masks not bool.
+        """
+        check_inputs(self.config, image, tokens, text_padding_mask, image_mask)
+        parts, lengths, padding_mask = [], [0, 0], text_padding_mask
+        if image is not None:
+            parts.append(self.image_embed(image, image_mask))
+            lengths[0] = 1 + self.config.num_patches
+            if padding_mask is not None:
+                padding_mask = functional.pad(padding_mask, (lengths[0], 0), value=False)
+        if tokens is not None and self.text_embed is not None:
+            parts.append(self.text_embed(tokens, text_padding_mask))
+            lengths[1] = tokens.shape[1]
+        return self.stack(
+            self.dropout(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)),
+            key_padding_mask=padding_mask,
+            route=None if self.text_embed is None else Route.split(*lengths),
+        )
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pools features and classifies them.
+
+        Args:
+            features: Output of `forward_features`, (batch, seq_len, embed_dim); for
+                `global_pool="avg"` that of an image, alone or with a text.
+            pre_logits: Whether to leave out the layers that `get_classifier` returns.
+
+        Returns:
+            Logits (batch, num_classes), or features (batch, embed_dim) for `pre_logits` and for a
+            model without a classification head.
+        """
+        is_token = self.config.global_pool == "token"
+        pooled = features[:, 0] if is_token else self._patches(features).mean(dim=1)
+        if self.classifier is None:
+            return pooled
+        return self.classifier(pooled, pre_logits=pre_logits)
+
+    def masked_image_logits(self, features: Tensor, image_mask: Tensor) -> Tensor:
+        """Computes the logits of the visual tokens at masked patches.
+
+        Args:
+            features: Output of `forward_features` for an image, alone or with a text.
+            image_mask: Bool (batch, num_patches), True = masked.
+
+        Returns:
+            Logits, (num_masked, num_visual_tokens), row by row of the mask.
+
+        Raises:
+            ValueError: If the model has no such head.
+        """
+        head = self._training_head("masked_image")
+        return head(self._patches(features)[image_mask])
+
+    def masked_text_logits(self, features: Tensor, text_mask: Tensor) -> Tensor:
+        """Computes the logits of the vocabulary at masked tokens.
+
+        Args:
+            features: Output of `forward_features` for a text, alone or with an image.
+            text_mask: Bool (batch, text_len), True = masked.
+
+        Returns:
+            Logits, (num_masked, vocab_size), row by row of the mask.
+
+        Raises:
+            ValueError: If the model has no such head.
+        """
+        head = self._training_head("masked_text")
+        return head(features[:, -text_mask.shape[1] :][text_mask])
+
+    def masked_loss(
+        self,
+        image: Tensor | None = None,
+        tokens: Tensor | None = None,
+        *,
+        image_mask: Tensor | None = None,
+        image_labels: Tensor | None = None,
+        text_labels: Tensor | None = None,
+        text_padding_mask: Tensor | None = None,
+        ignore_index: int = -100,
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """Computes the loss of masked modelling; logits exist for a chunk of rows at a time.
+
+        Args:
+            image: As for `forward_features`.
+            tokens: As for `forward_features`, with masked ones replaced by the caller.
+            image_mask: As for `forward_features`.
+            image_labels: Visual token of each patch, int64 (batch, num_patches); patches that are
+                not masked have no loss.
+            text_labels: What each token must be, int64 (batch, text_len); `ignore_index` for tokens
+                that are not masked.
+            text_padding_mask: As for `forward_features`.
+            ignore_index: Label of positions without loss.
+            chunk_size: Rows whose logits exist at once; None: what fits a fixed memory.
+
+        Returns:
+            Mean over the masked patches plus mean over the masked tokens, of what has labels, in
+            nats, a float32 scalar.
+
+        Raises:
+            ValueError: If there are no labels, labels come without what they label or in another
+                shape, the model lacks a head, or as `forward_features`.
+            TypeError: As `forward_features`.
+        """
+        if image_labels is None and text_labels is None:
+            raise ValueError("masked_loss needs image_labels, text_labels or both, got neither.")
+        check_labels("image_labels", image_labels, "image_mask", image_mask)
+        check_labels("text_labels", text_labels, "tokens", tokens)
+        features = self.forward_features(
+            image, tokens, text_padding_mask=text_padding_mask, image_mask=image_mask
+        )
+        cross_entropy = partial(
+            linear_cross_entropy, ignore_index=ignore_index, chunk_size=chunk_size
+        )
+        losses = []
+        if image_labels is not None and image_mask is not None:
+            head, x = self._training_head("masked_image"), self._patches(features)
+            labels = image_labels.masked_fill(~image_mask, ignore_index)
+            losses.append(cross_entropy(x, head.weight, labels, bias=head.bias))
+        if text_labels is not None:
+            head, x = self._training_head("masked_text"), features[:, -text_labels.shape[1] :]
+            losses.append(cross_entropy(x, head.weight, text_labels, bias=head.bias))
+        return torch.stack(losses).sum()
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Embeds images for retrieval: (b, in_chans, img_size, img_size) to length 1, (b, e)."""
+        head = self._training_head("retrieval")
+        return head.embed_image(self.forward_features(image)[:, 0])
+
+    def encode_text(self, tokens: Tensor, *, text_padding_mask: Tensor | None = None) -> Tensor:
+        """Embeds texts for retrieval: (b, t), padded where bool (b, t), to length 1, (b, e)."""
+        head = self._training_head("retrieval")
+        features = self.forward_features(tokens=tokens, text_padding_mask=text_padding_mask)
+        return head.embed_text(features[:, 0])
+
+    def contrastive_loss(
+        self, image: Tensor, tokens: Tensor, *, text_padding_mask: Tensor | None = None
+    ) -> Tensor:
+        """Computes the contrastive loss of a batch of pairs, on this process alone: a scalar."""
+        text = self.encode_text(tokens, text_padding_mask=text_padding_mask)
+        return self._training_head("retrieval").loss(self.encode_image(image), text)
+
+    def get_classifier(self) -> nn.Module | None:
+        """Returns the layers that `pre_logits` leaves out; None without a classification head."""
+        return None if self.classifier is None else self.classifier.head
+
+    def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
+        """Replaces the classification head, its pooling layers included, by a new one.
+
+        Args:
+            num_classes: Number of classes; 0 removes the head.
+            global_pool: "token" or "avg"; None: as before.
+
+        Raises:
+            ValueError: If `num_classes` is negative or `global_pool` unknown.
+            TypeError: If `num_classes` is not an integer.
+        """
+        global_pool = self.config.global_pool if global_pool is None else global_pool
+        self.config = replace(self.config, num_classes=num_classes, global_pool=global_pool)
+        classifier, like = make_classifier(self.config), self.image_embed.cls_token
+        self.classifier = None if classifier is None else classifier.to(like)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names the parameters for which weight decay makes no sense: norms, biases, positions."""
+        kinds = ("cls_token", "mask_token", "positions.weight")
+        positions = {name for name, _ in self.named_parameters() if name.endswith(kinds)}
+        return super().no_weight_decay() | positions
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Groups parameters from the input to the output, for layer-wise learning rates.
+
+        Args:
+            coarse: Whether all blocks are one group.
+
+        Returns:
+            Patterns in the form that timm's `group_parameters` takes.
+        """
+        blocks = r"^stack\.blocks" if coarse else r"^stack\.blocks\.(\d+)"
+        return {
+            "stem": r"^(?:image|text)_embed",
+            "blocks": [(blocks, None), (r"^stack\.norm", (99999,))],
+        }
+
+    def _patches(self, features: Tensor) -> Tensor:
+        num_patches = self.config.num_patches
+        if features.shape[1] <= num_patches:
+            raise ValueError(
+                f"features must begin with those of an image, 1 + {num_patches} tokens, got "
+                f"{features.shape[1]} tokens."
+            )
+        return features[:, 1 : 1 + num_patches]
+
+    def _training_head(self, name: TrainingHead) -> Any:
+        head = getattr(self, f"{name}_head")
+        if head is None:
+            raise ValueError(
+                f"this needs the head {name!r}, got a model with heads={self.config.heads}. "
+                f"Create it with heads=({name!r},)."
+            )
+        return head
+
+
+_register = partial(register_model, family="longnet_beit3", modality="vision-language")
+
+
+@_register(
+    "longnet_beit3_tiny",
+    config=BEiT3Config(
+        img_size=64,
+        patch_size=8,
+        vocab_size=259,
+        max_text_len=254,
+        num_visual_tokens=256,
+        embed_dim=128,
+        num_layers=4,
+        num_heads=4,
+    ),
+    description="images and bytes, for laptops",
+    source="this project",
+)
+def longnet_beit3_tiny(config: BEiT3Config) -> BEiT3:
+    """Builds a model of 1.7M parameters over small images and bytes."""
+    return BEiT3(config)
+
+
+@_register(
+    "longnet_beit3_base_patch16_224",
+    config=BEiT3Config(),
+    description="BEiT-3 base: images, texts and pairs",
+    source="arXiv 2208.10442; microsoft/unilm, beit3/modeling_utils.py",
+    weights=published_weights("base"),
+)
+def longnet_beit3_base_patch16_224(config: BEiT3Config) -> BEiT3:
+    """Builds the published base model, 221M parameters."""
+    return BEiT3(config)
+
+
+@_register(
+    "longnet_beit3_large_patch16_224",
+    config=BEiT3Config(embed_dim=1024, num_layers=24, num_heads=16),
+    description="BEiT-3 large: images, texts and pairs",
+    source="arXiv 2208.10442; microsoft/unilm, beit3/modeling_utils.py",
+    weights=published_weights("large"),
+)
+def longnet_beit3_large_patch16_224(config: BEiT3Config) -> BEiT3:
+    """Builds the published large model, 673M parameters."""
+    return BEiT3(config)

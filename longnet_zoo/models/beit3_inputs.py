@@ -1,0 +1,153 @@
+"""What BEiT-3 makes of an image and of a text before its layers, and the checks of both.
+
+Shape legend: b batch, p num_patches, t text_len, e embed_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .beit3_config import BEiT3Config
+
+__all__ = ["FIRST_ROW", "ImageEmbedding", "TextEmbedding", "check_inputs", "check_labels"]
+
+# Rows 0 and 1 of a position table are never read: in torchscale position p takes row p + 2.
+FIRST_ROW = 2
+
+
+class ImageEmbedding(nn.Module):
+    """Patches behind a class token, with positions; a mask token hides masked patches.
+
+    Args:
+        config: The options.
+    """
+
+    def __init__(self, config: BEiT3Config) -> None:
+        super().__init__()
+        embed_dim, patch_size = config.embed_dim, config.patch_size
+        self.proj = nn.Conv2d(config.in_chans, embed_dim, patch_size, stride=patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.positions = nn.Embedding(FIRST_ROW + 1 + config.num_patches, embed_dim)
+        for weight in (self.cls_token, self.mask_token, self.positions.weight):
+            nn.init.normal_(weight, std=embed_dim**-0.5)
+
+    def forward(self, image: Tensor, mask: Tensor | None) -> Tensor:
+        """Embeds images (b, in_chans, img_size, img_size), masked by bool (b, p): (b, 1 + p, e)."""
+        patches = self.proj(image).flatten(2).transpose(1, 2)
+        if mask is not None:
+            patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
+        cls_token = self.cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1)
+        return torch.cat([cls_token, patches], dim=1) + self.positions.weight[FIRST_ROW:]
+
+
+class TextEmbedding(nn.Module):
+    """Token embeddings with positions.
+
+    Args:
+        config: The options, with a `vocab_size`.
+    """
+
+    def __init__(self, config: BEiT3Config) -> None:
+        super().__init__()
+        assert config.vocab_size is not None
+        self.tokens = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.positions = nn.Embedding(FIRST_ROW + config.max_text_len, config.embed_dim)
+        for embedding in (self.tokens, self.positions):
+            nn.init.normal_(embedding.weight, std=config.embed_dim**-0.5)
+
+    def forward(self, tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Embeds tokens (b, t), zero where bool (b, t) says padding: (b, t, e)."""
+        x = self.tokens(tokens) + self.positions.weight[FIRST_ROW : FIRST_ROW + tokens.shape[1]]
+        return x if padding_mask is None else x.masked_fill(padding_mask[..., None], 0.0)
+
+
+def check_inputs(
+    config: BEiT3Config,
+    image: Tensor | None,
+    tokens: Tensor | None,
+    text_padding_mask: Tensor | None,
+    image_mask: Tensor | None,
+) -> None:
+    """Checks what `BEiT3.forward_features` takes, and raises what it says."""
+    if image is None and tokens is None:
+        raise ValueError("give image, tokens or both, got neither.")
+    if image is not None:
+        _check_image(config, image)
+    if tokens is not None:
+        _check_tokens(config, tokens)
+        if image is not None and image.shape[0] != tokens.shape[0]:
+            raise ValueError(
+                "image and tokens must have the same batch size, got "
+                f"{image.shape[0]} images and {tokens.shape[0]} texts."
+            )
+    shape = None if tokens is None else tuple(tokens.shape)
+    _check_mask("text_padding_mask", text_padding_mask, "tokens", shape)
+    shape = None if image is None else (image.shape[0], config.num_patches)
+    _check_mask("image_mask", image_mask, "image", shape)
+
+
+def check_labels(name: str, labels: Tensor | None, what: str, labelled: Tensor | None) -> None:
+    """Checks that labels come with what they label, and in its shape."""
+    if labels is None:
+        return
+    if labelled is None:
+        raise ValueError(f"{name} need {what}, got {what}=None.")
+    if labels.shape != labelled.shape:
+        raise ValueError(
+            f"{name} must have the shape of {what}, {tuple(labelled.shape)}, got "
+            f"{tuple(labels.shape)}."
+        )
+
+
+def _check_image(config: BEiT3Config, image: Tensor) -> None:
+    if not image.is_floating_point():
+        raise TypeError(
+            f"image must be floating, got {image.dtype}. Scale and normalise the pixels first."
+        )
+    wanted = (config.in_chans, config.img_size, config.img_size)
+    if image.ndim != 4 or image.shape[0] == 0 or tuple(image.shape[1:]) != wanted:
+        raise ValueError(
+            f"image must be (batch, in_chans, img_size, img_size) with {wanted}, got "
+            f"{tuple(image.shape)}. Resize it, or create the model with another img_size: "
+            "published positions are interpolated then."
+        )
+
+
+def _check_tokens(config: BEiT3Config, tokens: Tensor) -> None:
+    if config.vocab_size is None:
+        raise ValueError("tokens need a model with text weights, this one has vocab_size=None.")
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"tokens must be int64 or int32, got {tokens.dtype}. Convert them with .long()."
+        )
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(
+            "tokens must be (batch, text_len) with at least one token, got "
+            f"{tuple(tokens.shape)}. Add the batch with tokens[None] if there is none."
+        )
+    if tokens.shape[1] > config.max_text_len:
+        raise ValueError(
+            f"tokens must be at most max_text_len={config.max_text_len} per text, got "
+            f"{tokens.shape[1]}. Create the model with a larger max_text_len."
+        )
+    # Reading values would stall a GPU (which checks by itself) and break a compiled graph.
+    if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+        lowest, highest = torch.stack(tokens.aminmax()).tolist()
+        if lowest < 0 or highest >= config.vocab_size:
+            raise ValueError(
+                f"tokens must be in [0, vocab_size) with vocab_size={config.vocab_size}, got "
+                f"values from {lowest} to {highest}."
+            )
+
+
+def _check_mask(name: str, mask: Tensor | None, what: str, shape: tuple[int, ...] | None) -> None:
+    if mask is None:
+        return
+    if shape is None:
+        raise ValueError(f"{name} needs {what}, got {what}=None.")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, got {mask.dtype}. Convert it with .bool().")
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"{name} must be {shape}, got {tuple(mask.shape)}.")
