@@ -1,7 +1,6 @@
 """What dilated attention is compared with: the usual way to write it, and its bare kernel calls.
 
-Both use the same fused kernel of PyTorch as the library does. They serve the shapes that are
-benchmarked: causal, seq_len divisible by each segment, num_heads and segments by each rate.
+Both use the same fused kernel of PyTorch as the library does.
 
 Shape legend: b batch, n seq_len, h heads, d head_dim, g segments, m kept rows, r dilation_rate.
 """
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional
 
 from longnet_zoo.ops import DilatedPattern
 from longnet_zoo.ops.kernels import sdpa
@@ -26,51 +26,79 @@ class _KernelWithLse(torch.autograd.Function):
     """The fused kernel on (b, n, h, d), returning its LSE; the LSE is not differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.options = BlockOptions(scale=q.shape[-1] ** -0.5, is_causal=True)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.options = BlockOptions(scale=q.shape[-1] ** -0.5, is_causal=is_causal)
         out, lse = sdpa.forward(q, k, v, ctx.options)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, out_grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return sdpa.backward(out_grad, *ctx.saved_tensors, ctx.options)
+    def backward(ctx: Any, out_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *sdpa.backward(out_grad, *ctx.saved_tensors, ctx.options), None
 
 
-def usual_pipeline(q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern) -> Tensor:
+def usual_pipeline(
+    q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, *, is_causal: bool = True
+) -> Tensor:
     """Gathers every branch, attends it, scatters it to a dense tensor, stacks and mixes.
 
-    As in the released implementations, the mixing weights are not differentiated.
+    As in the released implementations, segments and heads that do not fill a step are padded with
+    zeros, which take softmax mass without a causal mask, and the mixing weights are not
+    differentiated.
     """
+    if not is_causal and pattern.padded_keys != "zero":
+        raise ValueError(
+            "the usual pipeline attends to padding, so without a causal mask the pattern must have "
+            f"padded_keys='zero', got {pattern.padded_keys!r}."
+        )
+    seq_len, is_block = q.shape[1], pattern.head_offset == "block"
     outs, lses = [], []
     for segment_length, rate in pattern.branches:
-        kept = [_gather(x, segment_length, rate) for x in (q, k, v)]
-        out, lse = _KernelWithLse.apply(*kept)
-        outs.append(_scatter(out, q.shape, segment_length, rate, fill=0.0))
-        lses.append(_scatter(lse[..., None], (*q.shape[:3], 1), segment_length, rate, fill=-1e8))
+        branch = (min(segment_length, seq_len), rate, is_block)
+        kept = [_gather(x, *branch) for x in (q, k, v)]
+        out, lse = _KernelWithLse.apply(*kept, is_causal)
+        outs.append(_scatter(out, q.shape, *branch, fill=0.0))
+        lses.append(_scatter(lse[..., None], (*q.shape[:3], 1), *branch, fill=-1e8))
     with torch.no_grad():
         weights = torch.softmax(torch.stack(lses), dim=0)
     return (torch.stack(outs) * weights).sum(0)
 
 
-def _gather(x: Tensor, segment_length: int, rate: int) -> Tensor:
+def _gather(x: Tensor, segment_length: int, rate: int, is_block: bool) -> Tensor:
+    heads = "(r a)" if is_block else "(a r)"
+    x = _pad(x, rows=-x.shape[1] % segment_length)
     x = rearrange(x, "b (g w) h d -> (b g) w h d", w=segment_length)
-    x = rearrange(x, "g (m r1) (a r2) d -> g m r1 a r2 d", r1=rate, r2=rate)
+    x = _pad(x, rows=-segment_length % rate, heads=-x.shape[2] % rate)
+    x = rearrange(x, f"g (m r1) {heads} d -> g m r1 a r d", r1=rate, r=rate)
     x = torch.diagonal(x, dim1=2, dim2=4)
-    return rearrange(x, "g m a d r -> g m (a r) d").contiguous()
+    return rearrange(x, f"g m a d r -> g m {heads} d").contiguous()
 
 
 def _scatter(
-    x: Tensor, shape: tuple[int, ...], segment_length: int, rate: int, *, fill: float
+    x: Tensor,
+    shape: tuple[int, ...],
+    segment_length: int,
+    rate: int,
+    is_block: bool,
+    *,
+    fill: float,
 ) -> Tensor:
-    batch, seq_len, _, head_dim = shape
-    num_segments = batch * seq_len // segment_length
-    dense = x.new_full((num_segments, segment_length // rate, rate, x.shape[2], head_dim), fill)
-    dense = rearrange(dense, "g m r1 (a r2) d -> g m r1 a r2 d", r2=rate)
-    diagonal = torch.diagonal(dense, dim1=2, dim2=4)
-    diagonal.copy_(rearrange(x, "g m (a r) d -> g m a d r", r=rate))
-    return rearrange(dense, "(b g) m r1 a r2 d -> b (g m r1) (a r2) d", b=batch)
+    batch, seq_len, num_heads, head_dim = shape
+    heads = "(r a)" if is_block else "(a r)"
+    dense = x.new_full((len(x), x.shape[1], rate, x.shape[2], head_dim), fill)
+    split = rearrange(dense, f"g m r1 {heads} d -> g m r1 a r d", r=rate)
+    diagonal = torch.diagonal(split, dim1=2, dim2=4)
+    diagonal.copy_(rearrange(x, f"g m {heads} d -> g m a d r", r=rate))
+    dense = rearrange(dense, "g m r1 h d -> g (m r1) h d")[:, :segment_length]
+    dense = rearrange(dense, "(b g) w h d -> b (g w) h d", b=batch)
+    return dense[:, :seq_len, :num_heads]
+
+
+def _pad(x: Tensor, *, rows: int, heads: int = 0) -> Tensor:
+    return functional.pad(x, (0, 0, 0, heads, 0, rows)) if rows or heads else x
 
 
 def bare_kernel_calls(
@@ -79,6 +107,7 @@ def bare_kernel_calls(
     """Functions that run the kernel forward and backward on contiguous blocks of the same sizes.
 
     Nothing is selected and nothing merged: the least that a schedule of these blocks can take.
+    Causal, for a seq_len that segments divide, and segments that rates divide.
     """
     batch, seq_len, num_heads, head_dim = q.shape
     blocks = []

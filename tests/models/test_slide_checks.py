@@ -28,7 +28,7 @@ def with_point(slide, tile, point, slides=2):
     "coords",
     [
         grid(10, 20),
-        grid(10, 20).float() + 100,  # a grid that starts at the tissue
+        grid(10, 20).float() + 100.5,  # a grid that starts at the tissue
         grid(1, 1),
         grid(5, 6, 512),  # too few tiles to call a spacing wrong
         grid(1000, 1),
@@ -117,6 +117,10 @@ def test_padding_is_not_looked_at():
     check(coords, mask)
     coords[1, 30:] = 1e9
     check(coords, mask)
+    coords[1, :30] /= 2000
+    with pytest.raises(ValueError, match=r"not normalised to .* of slide 1 \(29 such tiles\)"):
+        check(coords, mask)
+    coords[1, :30] *= 2000
     # 30 tiles are too few to call a spacing wrong; so are 42 with 12 of padding.
     check(2 * coords[1:], mask[1:])
     with pytest.raises(ValueError, match="all 42 tiles of slide 0"):

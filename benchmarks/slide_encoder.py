@@ -1,0 +1,105 @@
+"""A whole slide through the released slide encoder, ours against the usual pipeline.
+
+One forward pass of `gigapath_slide_enc12l768d`, in inference mode and float32, with random weights
+and the attention of the published ones. The usual pipeline is the same model with another attention
+op: it pads, gathers, scatters, stacks and mixes around the same fused kernel (`pipelines.py`).
+Both run in turn in one process; quote the ratio, not the seconds.
+
+    python -m benchmarks.slide_encoder [--num-tiles 10000] [--output results/slide.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import alternate, finish
+from benchmarks.pipelines import usual_pipeline
+from longnet_zoo.factory import create_model
+from longnet_zoo.models import GigaPathSlideEncoder
+from longnet_zoo.ops import DilatedPattern, dilated_attention
+
+NAME = "gigapath_slide_enc12l768d"
+TOLERANCE = 1e-4
+
+AttentionOp = Callable[..., Tensor]
+
+
+def main() -> None:
+    """Checks, measures, prints a table and one JSON document."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--num-tiles", type=int, default=10_000)
+    parser.add_argument("--num-layers", type=int, default=12)
+    parser.add_argument("--num-threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
+    parser.add_argument("--output", help="JSON file to write")
+    options = parser.parse_args()
+    torch.set_num_threads(options.num_threads)
+    results = measure(options.num_tiles, options.num_layers, options.rounds)
+    for name, timing in results["timings"].items():
+        low, median, high = timing["low_s"], timing["median_s"], timing["high_s"]
+        print(f"{name:8} {median:8.3f} s   ({low:.3f} to {high:.3f})")
+    print(f"time_over_usual {results['ratios']['time_over_usual']:.3f}")
+    finish(
+        {"benchmark": "slide_encoder", "model": NAME, **vars(options), **results}, options.output
+    )
+
+
+def measure(num_tiles: int, num_layers: int, rounds: int) -> dict[str, Any]:
+    """Times of one forward pass and their ratio; refuses to time outputs that differ."""
+    model = create_model(
+        NAME, num_layers=num_layers, head_offset="block", padded_keys="zero"
+    ).eval()
+    tiles, coords = draw_slide(num_tiles)
+    runs = {
+        "ours": partial(embed, model, tiles, coords, dilated_attention),
+        "usual": partial(embed, model, tiles, coords, usual_op),
+    }
+    ours, usual = (run() for run in runs.values())  # the warm-up, too
+    torch.testing.assert_close(ours, usual, atol=TOLERANCE, rtol=0)
+    timings = alternate(runs, rounds=rounds, warmup=0)
+    return {
+        "timings": {name: vars(timing) for name, timing in timings.items()},
+        "ratios": {"time_over_usual": timings["ours"].median_s / timings["usual"].median_s},
+        "largest_difference": (ours - usual).abs().max().item(),
+        "gflops": model.flops(num_tiles) / 1e9,
+    }
+
+
+def draw_slide(num_tiles: int) -> tuple[Tensor, Tensor]:
+    """Random tile embeddings on a square of the grid, column by column."""
+    side = math.ceil(math.sqrt(num_tiles))
+    cells = torch.cartesian_prod(torch.arange(side), torch.arange(side))[:num_tiles]
+    return torch.randn(1, num_tiles, 1536), 256 * cells[None]
+
+
+@torch.inference_mode()
+def embed(
+    model: GigaPathSlideEncoder, tiles: Tensor, coords: Tensor, attention_op: AttentionOp
+) -> Tensor:
+    """Embeds a slide with an attention op in all blocks."""
+    for block in model.stack.blocks:
+        block.attention.attention_op = attention_op
+    return model(tiles, coords)
+
+
+def usual_op(
+    q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, *, is_causal: bool, **options: Any
+) -> Tensor:
+    """The usual pipeline as an attention op; it has none of the other options."""
+    asked = {name: x for name, x in options.items() if x and name != "backend"}
+    if asked:
+        raise NotImplementedError(f"the usual pipeline has no {', '.join(asked)}.")
+    return usual_pipeline(q, k, v, pattern, is_causal=is_causal)
+
+
+if __name__ == "__main__":
+    main()
