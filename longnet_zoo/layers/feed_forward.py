@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,6 +18,7 @@ class FeedForward(nn.Module):
 
     `"gelu"`: fc2(norm(gelu(fc1(x)))), the exact GELU. `"swiglu"` (arXiv 2002.05202):
     fc2(norm(silu(gate(x)) * fc1(x))). Dropout acts on the hidden activation, before the norm.
+    Without gradients the hidden channels exist for some positions at a time only.
 
     Args:
         embed_dim: Channels in and out.
@@ -61,6 +63,14 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps each position by itself: (batch, seq_len, embed_dim) to the same shape."""
+        rows_at_once = max(1, _hidden_at_once(x) // self.fc1.out_features)
+        num_rows = x.numel() // x.shape[-1]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or num_rows <= rows_at_once:
+            return self._feed(x)
+        parts = x.reshape(num_rows, -1).split(rows_at_once)
+        return torch.cat([self._feed(part) for part in parts]).view_as(x)
+
+    def _feed(self, x: Tensor) -> Tensor:
         # torch's kernels of both activations compute half types in float32 and round once.
         if self.gate is None:
             hidden = functional.gelu(self.fc1(x))
@@ -70,3 +80,8 @@ class FeedForward(nn.Module):
         if self.inner_norm is not None:
             hidden = self.inner_norm(hidden)
         return self.fc2(hidden)
+
+
+def _hidden_at_once(x: Tensor) -> int:
+    """Hidden activations that exist at once: on a CPU what stays in its caches."""
+    return 2**22 if x.device.type == "cpu" else 2**27

@@ -24,7 +24,14 @@ from torch.nn import functional
 
 from longnet_zoo.models import BEiT3, BEiT3Config
 
-from .keys import Converter, layer_names, parameter_names, published_names, rename
+from .keys import (
+    Converter,
+    layer_names,
+    parameter_names,
+    published_names,
+    refuse_unpublished,
+    rename,
+)
 
 __all__ = ["CONVERTER"]
 
@@ -210,17 +217,7 @@ def _check_published_has(config: BEiT3Config) -> None:
     longest = 1 + config.num_patches + config.max_text_len
     is_dense = config.dilation_rates == (1,) and config.segment_lengths[0] >= longest
     wanted: dict[str, tuple[object, ...]] = {
-        "num_kv_heads": (None, config.num_heads),
-        "activation": ("gelu",),
-        "qk_norm": (False,),
-        "bias": (True,),
         "norm": ("sub_ln",),
         "segment_lengths": (config.segment_lengths,) if is_dense else ("one, for all tokens",),
     }
-    for name, allowed in wanted.items():
-        value = getattr(config, name)
-        if value not in allowed:
-            raise NotImplementedError(
-                f"the published BEiT-3 has no counterpart of {name}={value!r}; it computes "
-                f"{name}={allowed[-1]!r}. It would give other outputs with these weights."
-            )
+    refuse_unpublished(config, wanted, code="the published BEiT-3")

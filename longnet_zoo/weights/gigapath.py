@@ -16,7 +16,14 @@ from longnet_zoo.models.slide_config import GigaPathSlideConfig
 from longnet_zoo.models.slide_encoder import GigaPathSlideEncoder
 from longnet_zoo.models.slide_positions import sincos_positions
 
-from .keys import Converter, layer_names, parameter_names, published_names, rename
+from .keys import (
+    Converter,
+    layer_names,
+    parameter_names,
+    published_names,
+    refuse_unpublished,
+    rename,
+)
 
 __all__ = ["CONVERTER"]
 
@@ -46,21 +53,11 @@ def _from_published(
 def _to_published(model: GigaPathSlideEncoder) -> dict[str, Tensor]:
     config = model.config
     wanted: dict[str, tuple[object, ...]] = {
-        "num_kv_heads": (None, config.num_heads),
         "norm": ("sub_ln",),
-        "activation": ("gelu",),
-        "qk_norm": (False,),
-        "bias": (True,),
         "num_classes": (0,),
         **{name: (value,) for name, value in CONVERTER.options.items()},
     }
-    for name, allowed in wanted.items():
-        value = getattr(config, name)
-        if value not in allowed:
-            raise NotImplementedError(
-                f"GigaPath's code has no counterpart of {name}={value!r}; it computes "
-                f"{name}={allowed[-1]!r}. It would give other outputs with these weights."
-            )
+    refuse_unpublished(config, wanted, code="GigaPath's code")
     return published_names(model, _key_table(config.num_layers))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from longnet_zoo.models import ZooModel
+from longnet_zoo.models import ModelConfig, ZooModel
 
 __all__ = [
     "TORCHSCALE_LAYER_NAMES",
@@ -16,6 +16,7 @@ __all__ = [
     "layer_names",
     "parameter_names",
     "published_names",
+    "refuse_unpublished",
     "rename",
 ]
 
@@ -31,6 +32,13 @@ TORCHSCALE_LAYER_NAMES = {
     "ffn.fc2": "feed_forward.fc2",
     "ffn.ffn_layernorm": "feed_forward.inner_norm",
     "final_layer_norm": "ffn_norm",
+}
+
+# Options of all published models; `refuse_unpublished` adds the number of key heads.
+_EVERYWHERE: Mapping[str, tuple[object, ...]] = {
+    "activation": ("gelu",),
+    "qk_norm": (False,),
+    "bias": (True,),
 }
 
 
@@ -103,3 +111,29 @@ def published_names(model: ZooModel, names: Mapping[str, str]) -> dict[str, Tens
     """Renames the weights of a model back, by the inverse of the table; memory is shared."""
     inverse = {ours: published for published, ours in names.items()}
     return {inverse[key]: tensor for key, tensor in model.state_dict().items()}
+
+
+def refuse_unpublished(
+    config: ModelConfig, wanted: Mapping[str, tuple[object, ...]], *, code: str
+) -> None:
+    """Refuses options with which the published code would compute something else.
+
+    Every published model has the options of `_EVERYWHERE` as well.
+
+    Args:
+        config: The config of a model that is to be renamed.
+        wanted: Values of its fields that the published code has; the last one is what it computes
+            in place of others.
+        code: What to call that code in an error.
+
+    Raises:
+        NotImplementedError: If a field has another value.
+    """
+    everywhere = {**_EVERYWHERE, "num_kv_heads": (None, config.num_heads)}
+    for name, allowed in {**everywhere, **wanted}.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            raise NotImplementedError(
+                f"{code} has no counterpart of {name}={value!r}; it computes "
+                f"{name}={allowed[-1]!r}. It would give other outputs with these weights."
+            )

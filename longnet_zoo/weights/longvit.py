@@ -25,7 +25,14 @@ from torch import Tensor
 from longnet_zoo.models import LongViT, LongViTConfig
 from longnet_zoo.models.patches import resize_positions
 
-from .keys import Converter, layer_names, parameter_names, published_names, rename
+from .keys import (
+    Converter,
+    layer_names,
+    parameter_names,
+    published_names,
+    refuse_unpublished,
+    rename,
+)
 
 __all__ = ["CONVERTER", "fit_to_images"]
 
@@ -99,11 +106,7 @@ def _check_published_has(config: LongViTConfig) -> None:
     """Refuses options with which the published code would compute something else."""
     rows, columns = config.grid
     wanted: dict[str, tuple[object, ...]] = {
-        "num_kv_heads": (None, config.num_heads),
         "norm": ("sub_ln",),
-        "activation": ("gelu",),
-        "qk_norm": (False,),
-        "bias": (True,),
         "eps": (1e-5,),
         "global_pool": ("avg",),
         "img_size": (config.img_size,) if rows == columns else ("a square",),
@@ -112,13 +115,7 @@ def _check_published_has(config: LongViTConfig) -> None:
     }
     if max(config.dilation_rates) > 1:
         wanted["head_offset"] = ("block",)
-    for name, allowed in wanted.items():
-        value = getattr(config, name)
-        if value not in allowed:
-            raise NotImplementedError(
-                f"the published LongViT has no counterpart of {name}={value!r}; it computes "
-                f"{name}={allowed[-1]!r}. Its model would give other outputs with these weights."
-            )
+    refuse_unpublished(config, wanted, code="the published LongViT")
 
 
 CONVERTER = Converter(

@@ -16,7 +16,7 @@ from torch import Tensor
 from longnet_zoo.models import DENSE_SEGMENT, LongNetLM, LongNetLMConfig, LongNetMLM, TextConfig
 from longnet_zoo.ops.positions import xpos_zeta
 
-from .keys import Converter, layer_names
+from .keys import Converter, layer_names, refuse_unpublished
 from .load import load_state_dict
 from .torchscale_config import config_from_torchscale
 
@@ -223,11 +223,7 @@ def _check_tied_head(state_dict: Mapping[str, Tensor], config: TextConfig) -> No
 def _check_torchscale_has(config: TextConfig) -> None:
     """Refuses options with which torchscale would compute something else."""
     wanted: dict[str, tuple[object, ...]] = {
-        "num_kv_heads": (None, config.num_heads),
         "position": (None, "xpos", "relative"),
-        "activation": ("gelu",),
-        "qk_norm": (False,),
-        "bias": (True,),
         "num_outputs": (None, 0, config.vocab_size),
     }
     if config.position == "xpos":
@@ -236,10 +232,4 @@ def _check_torchscale_has(config: TextConfig) -> None:
         wanted["head_offset"] = ("block",)
     if not config.is_causal and config.segment_lengths[0] < DENSE_SEGMENT:
         wanted["padded_keys"] = ("zero",)
-    for name, allowed in wanted.items():
-        value = getattr(config, name)
-        if value not in allowed:
-            raise NotImplementedError(
-                f"torchscale has no counterpart of {name}={value!r}; it computes "
-                f"{name}={allowed[-1]!r}. Its model would give other outputs with these weights."
-            )
+    refuse_unpublished(config, wanted, code="torchscale")

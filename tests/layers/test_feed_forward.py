@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from longnet_zoo.layers import FeedForward
+from longnet_zoo.layers import feed_forward as module_under_test
 
 
 def make(**options):
@@ -37,6 +38,18 @@ def test_swiglu_activates_the_gate_before_the_product():
     torch.testing.assert_close(module(x), hidden @ module.fc2.weight.T + module.fc2.bias)
     wrong = functional.silu(gate * up) @ module.fc2.weight.T + module.fc2.bias
     assert (module(x) - wrong).abs().max() > 1e-2
+
+
+def test_inference_never_holds_all_hidden_channels(monkeypatch):
+    monkeypatch.setattr(module_under_test, "_hidden_at_once", lambda x: 3 * 11)
+    module, rows = make(), []
+    module.fc1.register_forward_hook(lambda _, inputs, out: rows.append(len(out.reshape(-1, 11))))
+    x = torch.randn(2, 5, 6)
+    whole = module(x)
+    assert rows == [10]
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), whole)
+    assert rows[1:] == [3, 3, 3, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
