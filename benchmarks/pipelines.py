@@ -19,7 +19,7 @@ from longnet_zoo.ops import DilatedPattern
 from longnet_zoo.ops.kernels import sdpa
 from longnet_zoo.ops.kernels.call import BlockOptions
 
-__all__ = ["bare_kernel_calls", "usual_pipeline"]
+__all__ = ["bare_kernel_calls", "released_pipeline", "usual_pipeline"]
 
 
 class _KernelWithLse(torch.autograd.Function):
@@ -49,11 +49,7 @@ def usual_pipeline(
     zeros, which take softmax mass without a causal mask, and the mixing weights are not
     differentiated.
     """
-    if not is_causal and pattern.padded_keys != "zero":
-        raise ValueError(
-            "the usual pipeline attends to padding, so without a causal mask the pattern must have "
-            f"padded_keys='zero', got {pattern.padded_keys!r}."
-        )
+    _check_padding(pattern, is_causal)
     seq_len, is_block = q.shape[1], pattern.head_offset == "block"
     outs, lses = [], []
     for segment_length, rate in pattern.branches:
@@ -65,6 +61,14 @@ def usual_pipeline(
     with torch.no_grad():
         weights = torch.softmax(torch.stack(lses), dim=0)
     return (torch.stack(outs) * weights).sum(0)
+
+
+def _check_padding(pattern: DilatedPattern, is_causal: bool) -> None:
+    if not is_causal and pattern.padded_keys != "zero":
+        raise ValueError(
+            "the pipelines attend to padding, so without a causal mask the pattern must have "
+            f"padded_keys='zero', got {pattern.padded_keys!r}."
+        )
 
 
 def _gather(x: Tensor, segment_length: int, rate: int, is_block: bool) -> Tensor:
@@ -99,6 +103,49 @@ def _scatter(
 
 def _pad(x: Tensor, *, rows: int, heads: int = 0) -> Tensor:
     return functional.pad(x, (0, 0, 0, heads, 0, rows)) if rows or heads else x
+
+
+def released_pipeline(
+    q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, *, is_causal: bool = True
+) -> Tensor:
+    """The usual pipeline with the data movement of the code that published weights came with.
+
+    Step by step as in microsoft/torchscale, `component/dilated_attention.py`, commit 4d1e0e8: heads
+    come first in memory, kept rows are copied twice, outputs are put on the diagonals of zeros, and
+    the branches are added up one by one. `usual_pipeline` does with fewer copies.
+    """
+    _check_padding(pattern, is_causal)
+    if pattern.head_offset != "block":
+        raise ValueError(f"released code has head_offset='block', got {pattern.head_offset!r}.")
+    batch, seq_len, num_heads, _ = q.shape
+    by_head = [rearrange(x, "b n h d -> b h n d").contiguous().transpose(1, 2) for x in (q, k, v)]
+    outs, lses = [], []
+    for segment_length, rate in pattern.branches:
+        segment_length = min(segment_length, seq_len)
+        kept = (_gather(x, segment_length, rate, True)[:, :, :num_heads] for x in by_head)
+        kept = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in kept)
+        out, lse = _KernelWithLse.apply(*kept, is_causal)
+        crop = (slice(None), slice(None, seq_len))
+        out = _on_diagonals(out, rate)[:, :num_heads, :segment_length]
+        lse = _on_diagonals(lse[..., None], rate)[:, :num_heads, :segment_length]
+        lse = lse.masked_fill(lse == 0, -1e8)
+        outs.append(rearrange(out, "(b g) h w d -> (b h) (g w) d", b=batch)[crop])
+        lses.append(rearrange(lse, "(b g) h w d -> (b h) (g w) d", b=batch)[crop])
+    with torch.no_grad():
+        highest = torch.stack(lses).max(0)[0]
+        weights = [torch.exp(lse - highest) for lse in lses]
+        total = torch.stack(weights).sum(0)
+    mixed = torch.zeros_like(outs[0])
+    for out, weight in zip(outs, weights, strict=True):
+        mixed += out * (weight / total)
+    return rearrange(mixed, "(b h) n d -> b n h d", b=batch)
+
+
+def _on_diagonals(x: Tensor, rate: int) -> Tensor:
+    """Rows (g, m, h, d) among zeros, (g, h, m * r, d)."""
+    x = _pad(x, rows=0, heads=-x.shape[2] % rate)
+    x = rearrange(x, "g m (r a) d -> g m a d r", r=rate)
+    return rearrange(torch.diag_embed(x), "g m a d r1 r2 -> g (r2 a) (m r1) d")
 
 
 def bare_kernel_calls(

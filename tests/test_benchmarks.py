@@ -6,7 +6,7 @@ import torch
 from benchmarks import dilated_attention as benchmark
 from benchmarks import slide_encoder
 from benchmarks.measure import alternate, peak_extra_mib
-from benchmarks.pipelines import usual_pipeline
+from benchmarks.pipelines import released_pipeline, usual_pipeline
 from longnet_zoo.ops import DilatedPattern
 from longnet_zoo.ops.reference import dilated_attention_reference
 
@@ -18,7 +18,7 @@ from longnet_zoo.ops.reference import dilated_attention_reference
     [(32, 4, (8, 16), (1, 4)), (53, 5, (7, 16, 100), (1, 3, 2)), (5, 1, (8, 16), (1, 4))],
     ids=["even", "awkward", "short"],
 )
-def test_usual_pipeline_gives_the_right_output(
+def test_pipelines_give_the_right_output(
     seq_len, num_heads, segment_lengths, dilation_rates, head_offset, is_causal
 ):
     pattern = DilatedPattern(
@@ -29,17 +29,28 @@ def test_usual_pipeline_gives_the_right_output(
     )
     q, k, v = torch.randn(3, 2, seq_len, num_heads, 8).unbind(0)
     expected = dilated_attention_reference(q, k, v, pattern, is_causal=is_causal)
-    found = usual_pipeline(q, k, v, pattern, is_causal=is_causal).double()
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    for pipeline in (usual_pipeline, released_pipeline):
+        if pipeline is usual_pipeline or head_offset == "block":
+            found = pipeline(q, k, v, pattern, is_causal=is_causal).double()
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_usual_pipeline_refuses_what_it_would_compute_otherwise():
+@pytest.mark.parametrize("pipeline", [usual_pipeline, released_pipeline])
+def test_pipelines_refuse_what_they_would_compute_otherwise(pipeline):
     pattern = DilatedPattern(segment_lengths=(8,), dilation_rates=(1,))
     q = torch.randn(1, 9, 2, 8)
     with pytest.raises(ValueError, match="padded_keys='zero', got 'ignore'"):
-        usual_pipeline(q, q, q, pattern, is_causal=False)
-    with pytest.raises(NotImplementedError, match="has no dropout_p"):
-        slide_encoder.usual_op(q, q, q, pattern, is_causal=True, bias=None, dropout_p=0.5)
+        pipeline(q, q, q, pattern, is_causal=False)
+    attend = slide_encoder.as_op(pipeline)
+    with pytest.raises(NotImplementedError, match="have no dropout_p"):
+        attend(q, q, q, pattern, is_causal=True, bias=None, dropout_p=0.5)
+
+
+def test_released_pipeline_has_its_own_head_offsets_only():
+    pattern = DilatedPattern(segment_lengths=(8,), dilation_rates=(2,), padded_keys="zero")
+    q = torch.randn(1, 9, 2, 8)
+    with pytest.raises(ValueError, match="head_offset='block', got 'modulo'"):
+        released_pipeline(q, q, q, pattern)
 
 
 def test_memory_counts_what_is_held_at_once():
@@ -90,12 +101,12 @@ def test_slide_encoder_is_timed_against_the_usual_pipeline(monkeypatch, capsys):
     slide_encoder.main()
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document["model"] == "gigapath_slide_enc12l768d"
-    assert document["timings"].keys() == {"ours", "usual"}
-    assert document["ratios"]["time_over_usual"] > 0
+    assert document["timings"].keys() == {"ours", "usual", "released"}
+    assert all(ratio > 0 for ratio in document["ratios"].values())
     assert 0 < document["largest_difference"] < 1e-4
 
 
 def test_a_wrong_slide_encoder_is_not_timed(monkeypatch):
-    monkeypatch.setattr(slide_encoder, "usual_op", lambda q, *_, **options: q)
+    monkeypatch.setattr(slide_encoder, "released_pipeline", lambda q, *_, **options: q)
     with pytest.raises(AssertionError, match="not close"):
         slide_encoder.measure(num_tiles=70, num_layers=1, rounds=1)

@@ -3,8 +3,13 @@
 import re
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 import torch
+
+from longnet_zoo.factory import create_model
+from longnet_zoo.weights import to_published_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,14 +22,31 @@ def test_there_is_a_short_first_example():
     assert len(lines) <= 12
 
 
+def write_slides(folder):
+    """What the section for pathologists reads: tile embeddings, and released weights."""
+    model = create_model("gigapath_slide_enc12l768d", head_offset="block", padded_keys="zero")
+    torch.save({"model": to_published_state_dict(model)}, folder / "slide_encoder.pth")
+    (folder / "tiles").mkdir()
+    for number, num_tiles in enumerate((30, 20)):
+        with h5py.File(folder / "tiles" / f"slide_{number}.h5", "w") as file:
+            file["features"] = np.random.default_rng(0).standard_normal((num_tiles, 1536), "f4")
+            file["coords"] = 256 * np.stack(np.divmod(np.arange(num_tiles), 7), axis=1)
+    return model.eval()
+
+
 @pytest.mark.slow
 def test_python_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    model = write_slides(tmp_path)
     torch.set_num_threads(2)
     namespace: dict[str, object] = {"__name__": "readme"}
     for number, block in enumerate(BLOCKS, start=1):
         exec(compile(block, f"README.md, block {number}", "exec"), namespace)
-    assert namespace
+    slides = torch.load("slides.pt", weights_only=True)
+    assert list(slides) == ["slide_0", "slide_1"]
+    with h5py.File("tiles/slide_1.h5") as file, torch.inference_mode():
+        tiles, coords = (torch.from_numpy(file[name][:])[None] for name in ("features", "coords"))
+        torch.testing.assert_close(slides["slide_1"], model(tiles, coords)[0], atol=1e-5, rtol=0)
 
 
 def test_linked_files_exist():

@@ -99,5 +99,5 @@ class GigaPathSlideConfig(ModelConfig):
 
     @property
     def usual_seq_len(self) -> int:
-        """A typical number of tiles."""
-        return 10_000
+        """A typical number of tiles, no more than the longest segment."""
+        return min(10_000, self.pattern.segment_lengths[-1])

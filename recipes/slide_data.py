@@ -1,0 +1,176 @@
+"""Slides for classification: the demonstration that comes with the recipe, or a folder of files."""
+
+from collections import Counter
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+
+from .slide_demo import DEMO_CLASSES, DemoSlides, Split
+from .slide_folder import load_folder, load_unlabelled
+from .slide_loader import EvalLoader, SlideSet, TrainLoader
+
+__all__ = ["SlideDataModule"]
+
+
+class SlideDataModule(L.LightningDataModule):
+    """Serves bags of tile embeddings with coordinates; `slide_loader` says what a batch is.
+
+    Args:
+        source: "demo" (bags cut from the one slide that comes with the recipe), or a folder with a
+            file of tile embeddings for each slide: .h5, .pt, .safetensors or .npz.
+        labels: CSV file with the columns slide_id and label, for a folder; also split ("train",
+            "val", "test") and patient_id if you have them.
+        predict_source: Folder of slides that `predict` classifies; null takes the test slides.
+        val_fraction: Share of the patients or slides held out for validation where the labels have
+            no split.
+        test_fraction: Share held out for the test where the labels have no split.
+        on_error: "skip" logs labelled slides that are missing or damaged and goes on; "raise"
+            stops at them.
+        batch_size: Slides in a batch, on each device.
+        max_tiles: Tiles to take of a slide in training, others in each epoch; null takes all.
+        seed: Seed of the order and of the tiles.
+        num_workers: Processes that prepare batches; 0 prepares them in the training process.
+
+    Raises:
+        ValueError: An option is out of range, or `labels` do not go with `source`.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: str = "demo",
+        labels: str | None = None,
+        predict_source: str | None = None,
+        val_fraction: float = 0.15,
+        test_fraction: float = 0.15,
+        on_error: Literal["skip", "raise"] = "raise",
+        batch_size: int = 1,
+        max_tiles: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.source, self.labels, self.predict_source = source, labels, predict_source
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.on_error = on_error
+        self.batch_size, self.max_tiles = batch_size, max_tiles
+        self.seed, self.num_workers = seed, num_workers
+        self._check()
+        self.class_names: tuple[str, ...] | None = None
+        self.input_dim: int | None = None
+        self._slides: dict[Split, SlideSet] = {}
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Number of training slides of each class."""
+        assert self.class_names is not None
+        counts = Counter(self._slides["train"].labels)
+        return [counts[label] for label in range(len(self.class_names))]
+
+    @property
+    def has_test(self) -> bool:
+        """Whether slides are held out for the test."""
+        return bool(self._slides["test"].labels)
+
+    def setup(self, stage: str) -> None:
+        """Finds the slides of all splits, once.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+        """
+        # A folder to predict from may be all that there is.
+        if self._slides or (stage == "predict" and self.predict_source is not None):
+            return
+        if self.source == "demo":
+            self.class_names = DEMO_CLASSES
+            self._slides = {split: DemoSlides(split) for split in ("train", "val", "test")}
+            self.input_dim = DemoSlides.input_dim
+        else:
+            assert self.labels is not None
+            self.class_names, slides, self.input_dim = load_folder(
+                self.source,
+                labels=self.labels,
+                val_fraction=self.val_fraction,
+                test_fraction=self.test_fraction,
+                on_error=self.on_error,
+            )
+            self._slides = dict(slides)
+        sizes = ", ".join(f"{split} {len(own.labels):,}" for split, own in self._slides.items())
+        rank_zero_info(f"slides from {self.source!r}: {sizes}")
+
+    def train_dataloader(self) -> TrainLoader:
+        """Returns the training batches."""
+        return TrainLoader(
+            self._slides["train"],
+            max_tiles=self.max_tiles,
+            seed=self.seed,
+            repeat=0 if self.trainer is None else self.trainer.overfit_batches,
+            **self._loader_options(),
+        )
+
+    def val_dataloader(self) -> EvalLoader | list[Any]:
+        """Returns the validation batches; none if nothing is held out."""
+        return self._eval_loader(self._slides["val"]) if self._slides["val"].labels else []
+
+    def test_dataloader(self) -> EvalLoader:
+        """Returns the test batches."""
+        if not self.has_test:
+            raise ValueError(
+                f"the test needs slides, got none for it from {self.source!r} with test_fraction="
+                f"{self.test_fraction}. Hold some out, or validate instead."
+            )
+        return self._eval_loader(self._slides["test"])
+
+    def predict_dataloader(self) -> EvalLoader:
+        """Returns the slides of `predict_source`."""
+        if self.predict_source is None:
+            return self.test_dataloader()
+        return self._eval_loader(load_unlabelled(self.predict_source))
+
+    def sample_dataloader(self, max_slides: int) -> EvalLoader:
+        """Returns training slides whole and in their order, for classifiers that need no epochs.
+
+        Args:
+            max_slides: How many to take at most, evenly spaced.
+        """
+        slides = self._slides["train"]
+        number = len(slides.labels)
+        kept = min(max_slides, number)
+        return self._eval_loader(slides, indices=[i * number // kept for i in range(kept)])
+
+    def _eval_loader(self, slides: SlideSet, **options: Any) -> EvalLoader:
+        return EvalLoader(slides, **options, **self._loader_options())
+
+    def _loader_options(self) -> dict[str, Any]:
+        trainer = self.trainer
+        device = "cpu" if trainer is None else trainer.strategy.root_device.type
+        return {
+            "batch_size": self.batch_size,
+            "rank": 0 if trainer is None else trainer.global_rank,
+            "world_size": 1 if trainer is None else trainer.world_size,
+            "num_workers": self.num_workers,
+            "pin_memory": device == "cuda",
+        }
+
+    def _check(self) -> None:
+        for name, least in {"batch_size": 1, "max_tiles": 1, "seed": 0, "num_workers": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be {least} or more, got {value}.")
+        low, total = (
+            min(self.val_fraction, self.test_fraction),
+            (self.val_fraction + self.test_fraction),
+        )
+        if low < 0 or total >= 1:
+            raise ValueError(
+                "val_fraction and test_fraction must be 0 or more and leave something for "
+                f"training, got {self.val_fraction} and {self.test_fraction}."
+            )
+        if self.on_error not in ("skip", "raise"):
+            raise ValueError(f"on_error must be 'skip' or 'raise', got {self.on_error!r}.")
+        if (self.source == "demo") != (self.labels is None):
+            raise ValueError(
+                "labels go with a folder of slides, and with nothing else, got source="
+                f"{self.source!r} and labels={self.labels!r}."
+            )

@@ -1,0 +1,134 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import recipes.slide_baselines as slide_baselines
+from recipes.classification import UNLABELLED
+from recipes.slide_baselines import (
+    BaselineConfig,
+    LogisticRegression,
+    compare,
+    mean_of_tiles,
+    report,
+)
+from recipes.slide_loader import Slide, collate
+from tests.recipes.classification_runs import quiet_trainer
+
+
+def draw(number=60):
+    labels = torch.arange(number) % 3
+    x = torch.randn(number, 4) * torch.tensor([1.0, 100.0, 0.01, 1.0])
+    x[:, 0] += 2 * labels
+    x[:, 3] = 7
+    return x, labels
+
+
+def test_the_regression_is_at_the_minimum_of_its_loss():
+    x, labels = draw()
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    head = LogisticRegression(x, labels, num_classes=3, l2=0.01, class_weights=weights)
+    z = (x[:, :3].double() - x[:, :3].double().mean(0)) / x[:, :3].double().std(0, correction=0)
+    w = head.linear.weight[:, :3].detach().requires_grad_()
+    b = head.linear.bias.detach().requires_grad_()
+    loss = F.cross_entropy(z @ w.T + b, labels, weight=weights.double()) + 0.01 * w.square().sum()
+    gradients = torch.autograd.grad(loss, (w, b))
+    assert max(gradient.abs().max() for gradient in gradients) < 1e-4
+    torch.testing.assert_close(head(x), (z @ w.T + b).float().detach())
+
+
+def test_a_channel_that_never_varies_changes_nothing():
+    x, labels = draw()
+    head = LogisticRegression(x, labels, num_classes=3, l2=0.01)
+    other = x.clone()
+    other[:, 3] = 1e6
+    assert torch.equal(head(x), head(other))
+
+
+def test_the_regression_fits_inside_an_evaluation():
+    with torch.inference_mode():
+        x, labels = draw()
+        head = LogisticRegression(x, labels, num_classes=3, l2=0.001)
+        assert (head(x).argmax(1) == labels).float().mean() > 0.6
+
+
+def test_the_mean_leaves_padding_out():
+    slides = [Slide(torch.randn(n, 5), torch.zeros(n, 2), 0, "") for n in (3, 7)]
+    batch = collate(slides)
+    batch["tiles"][0, 3:] = float("nan")
+    mean = mean_of_tiles(batch["tiles"], batch["coords"], batch["padding_mask"])
+    torch.testing.assert_close(mean, torch.stack([slide.tiles.mean(0) for slide in slides]))
+
+
+def make_slides(number):
+    labels = [i % 2 for i in range(number)]
+    return [Slide(torch.randn(3, 5) + 3 * y, torch.zeros(3, 2), y, str(y)) for y in labels]
+
+
+def test_baselines_are_fitted_on_one_set_and_judged_on_another(tmp_path):
+    slides = make_slides(20)
+    # Wrong labels, so that good figures could only come from the training set.
+    held_out = [slide._replace(label=1 - slide.label) for slide in make_slides(10)]
+    results = compare(
+        quiet_trainer(tmp_path),
+        {"mean": mean_of_tiles, "nothing": lambda tiles, *_: torch.zeros(len(tiles), 2)},
+        train=[collate(slides[:10]), collate(slides[10:])],
+        held_out=[collate(held_out)],
+        num_classes=2,
+        config=BaselineConfig(),
+    )
+    assert results["mean"]["accuracy"] == 0
+    assert results["nothing"]["accuracy"] == 0.5
+
+
+def test_processes_share_what_they_embedded(monkeypatch):
+    own, other = make_slides(4), make_slides(6)
+    other_part = ({"mean": [torch.stack([x.tiles.mean(0) for x in other])]}, [torch.arange(6)])
+
+    def gather(into, mine):
+        into[:] = [mine, other_part]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    trainer = SimpleNamespace(
+        world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu"))
+    )
+    x, labels = slide_baselines._embed(trainer, {"mean": mean_of_tiles}, [collate(own)])
+    expected = torch.stack([slide.tiles.mean(0) for slide in own + other])
+    torch.testing.assert_close(x["mean"], expected)
+    assert labels.tolist() == [0, 1, 0, 1, 0, 1, 2, 3, 4, 5]
+
+
+def test_slides_without_a_label_do_not_count(tmp_path):
+    unknown = [slide._replace(label=UNLABELLED) for slide in make_slides(4)]
+    batches = [collate(unknown), collate(make_slides(4))]
+    x, labels = slide_baselines._embed(quiet_trainer(tmp_path), {"mean": mean_of_tiles}, batches)
+    assert x["mean"].shape == (4, 5)
+    assert labels.tolist() == [0, 1, 0, 1]
+
+
+def test_the_report_prints_and_keeps_the_figures(tmp_path, capsys):
+    trainer = quiet_trainer(tmp_path)
+    (tmp_path / "metrics.json").write_text('{"metrics": {"steps": 3}}')
+    figures = {"accuracy": 0.75, "balanced_accuracy": 0.5, "auroc": 0.625, "loss": 1.0}
+    report(trainer, {"this run": figures, "mean": {"accuracy": 0.25}}, split="val", num_classes=4)
+    report(trainer, {"this run": figures}, split="test", num_classes=4)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["val", "accuracy", "balanced_accuracy", "auroc"] in lines
+    assert ["this", "run", "0.750", "0.500", "0.625"] in lines
+    assert ["mean", "0.250", "nan", "nan"] in lines
+    assert ["chance", "0.250"] in lines
+    saved = json.loads((tmp_path / "metrics.json").read_text())
+    assert saved["metrics"] == {"steps": 3}
+    saved = saved["comparison"]
+    assert saved["val"]["mean"] == {"accuracy": 0.25}
+    assert saved["test"]["this run"] == figures
+
+
+@pytest.mark.parametrize("options", [{"max_slides": 0}, {"l2": 0.0}])
+def test_bad_options_are_refused(options):
+    got = {"max_slides": 4096, "l2": 0.001, **options}
+    message = rf"max_slides={got['max_slides']} and l2={got['l2']}\."
+    with pytest.raises(ValueError, match=message):
+        BaselineConfig(**options)

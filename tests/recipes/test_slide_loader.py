@@ -1,0 +1,100 @@
+import itertools
+
+import pytest
+import torch
+
+from recipes.slide_loader import EvalLoader, Slide, TrainLoader, collate
+from tests.recipes.slide_runs import draw_slide
+
+
+class Slides:
+    """Eleven slides of 3, 4, 5, 3, ... tiles."""
+
+    labels = tuple(i % 2 for i in range(11))
+
+    def __getitem__(self, index):
+        tiles, coords = draw_slide(index, num_tiles=3 + index % 3)
+        return Slide(tiles, coords.float(), self.labels[index], str(index))
+
+
+def take(loader, number):
+    batches = itertools.chain.from_iterable(loader for _ in iter(int, 1))
+    return list(itertools.islice(batches, number))
+
+
+def names(batches):
+    return [batch["names"] for batch in batches]
+
+
+def test_a_batch_is_padded_on_the_right():
+    slides = [Slides()[i] for i in (2, 0)]
+    batch = collate(slides)
+    assert batch["tiles"].shape == (2, 5, 5)
+    assert batch["coords"].shape == (2, 5, 2)
+    assert batch["padding_mask"].tolist() == [[False] * 5, [False] * 3 + [True] * 2]
+    assert torch.equal(batch["tiles"][1, :3], slides[1].tiles)
+    assert not batch["tiles"][1, 3:].any()
+    assert batch["labels"].tolist() == [0, 0]
+    assert batch["names"] == ["2", "0"]
+
+
+def test_every_epoch_shows_each_slide_once_in_another_order():
+    loader = TrainLoader(Slides(), batch_size=1)
+    epochs = [names(take(loader, 11)) for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted([str(i)] for i in range(11))
+    assert epochs[0] != epochs[1]
+    assert names(take(TrainLoader(Slides(), batch_size=1, seed=1), 11)) != epochs[0]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_loader_goes_on_where_it_was(num_workers):
+    options = {"batch_size": 2, "max_tiles": 3, "num_workers": num_workers}
+    expected = take(TrainLoader(Slides(), **options), 9)
+    first = TrainLoader(Slides(), **options)
+    take(first, 7)
+    second = TrainLoader(Slides(), **{**options, "num_workers": 0})
+    second.load_state_dict(first.state_dict())
+    got = take(second, 2)
+    assert names(got) == names(expected[7:])
+    assert all(torch.equal(a["tiles"], b["tiles"]) for a, b in zip(got, expected[7:], strict=True))
+
+
+def test_max_tiles_takes_other_tiles_each_epoch_in_their_order():
+    slides, samples = Slides(), set()
+    for batch in take(TrainLoader(slides, batch_size=1, max_tiles=4), 8 * 11):
+        tiles, coords, _, name = slides[int(batch["names"][0])]
+        places = (batch["coords"][0, :, :1] == coords[:, 0]).nonzero()[:, 1]
+        assert len(places) == min(4, len(tiles))
+        assert places.tolist() == sorted(set(places.tolist()))
+        assert torch.equal(batch["tiles"][0], tiles[places])
+        if name == "2":
+            samples.add(tuple(places.tolist()))
+    assert len(samples) > 1
+
+
+def test_ranks_share_an_epoch():
+    loaders = [TrainLoader(Slides(), batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
+    assert [len(loader) for loader in loaders] == [2, 2]
+    seen = [name for loader in loaders for batch in names(take(loader, 2)) for name in batch]
+    assert len(set(seen)) == 8
+    loaders = [EvalLoader(Slides(), batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
+    seen = [name for loader in loaders for batch in names(loader) for name in batch]
+    assert sorted(seen, key=int) == [str(i) for i in range(11)]
+
+
+def test_repeated_batches_come_again():
+    got = names(take(TrainLoader(Slides(), batch_size=2, repeat=2), 6))
+    assert got[:2] * 3 == got
+    assert got[0] != got[1]
+
+
+def test_evaluation_keeps_the_order_and_can_take_some():
+    loader = EvalLoader(Slides(), batch_size=4, num_workers=1)
+    assert len(loader) == 3
+    assert [name for batch in names(loader) for name in batch] == [str(i) for i in range(11)]
+    assert names(EvalLoader(Slides(), batch_size=2, indices=[5, 1, 9])) == [["5", "1"], ["9"]]
+
+
+def test_an_epoch_must_fill_a_step():
+    with pytest.raises(ValueError, match=r"batch_size=6 on 2 processes takes 12 slides, got 11"):
+        TrainLoader(Slides(), batch_size=6, world_size=2)
