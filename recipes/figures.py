@@ -1,0 +1,199 @@
+"""Pictures that a run shows: the confusion matrix, the attention pattern, the curves."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from longnet_zoo.plot import DOTS_PER_INCH, plot_pattern
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["confusion_figure", "curves_figure", "log_figure", "pattern_figure"]
+
+_INK, _QUIET, _GRID, _LINE = "#1f2933", "#7b8794", "#e4e7eb", "#ffffff"
+_BLUE, _PALE_BLUE, _ORANGE = "#2563a8", "#b9cfe6", "#d9730d"
+# More cells than this are coloured but not written into.
+_MAX_WRITTEN = 24
+_MAX_HEADS = 8
+
+
+def confusion_figure(
+    counts: Tensor, class_names: Sequence[str], *, title: str = "Confusion matrix"
+) -> "Figure":
+    """Draws how often each class was taken for each other one.
+
+    The colour of a cell is its share of the row, that is of the true class. A cell holds its count
+    and that share.
+
+    Args:
+        counts: Number of samples, (classes, classes); rows are the true classes.
+        class_names: Name of each class.
+        title: The title.
+
+    Returns:
+        A matplotlib figure that no global state knows of, so nobody has to close it.
+
+    Raises:
+        ValueError: There are not as many names as rows and columns.
+    """
+    from matplotlib.figure import Figure
+
+    number = len(class_names)
+    if tuple(counts.shape) != (number, number):
+        raise ValueError(
+            "counts must have a row and a column for each class, got shape "
+            f"{tuple(counts.shape)} and {number} class_names."
+        )
+    counts = counts.double()
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    side = min(0.62 * number + 1.0, 12.0)
+    figure = Figure(figsize=(max(side + 1.2, 4.6), max(side + 0.9, 4.0)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(number), class_names, rotation=45 if _is_wide(class_names) else 0)
+    axes.set_yticks(range(number), class_names)
+    axes.set_xlabel("predicted", color=_QUIET)
+    axes.set_ylabel("true", color=_QUIET)
+    correct, total = int(counts.diagonal().sum()), int(counts.sum())
+    accuracy = f", {correct / total:.1%} right" if total else ""
+    axes.set_title(
+        *(f"{title}: {total:,} samples{accuracy}",), loc="left", fontsize=11, fontweight="bold"
+    )
+    axes.set_xticks([place - 0.5 for place in range(1, number)], minor=True)
+    axes.set_yticks([place - 0.5 for place in range(1, number)], minor=True)
+    axes.grid(which="minor", color=_LINE, linewidth=1.2)
+    axes.tick_params(which="both", length=0, colors=_INK)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, fraction=0.045, pad=0.02)
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    bar.ax.tick_params(length=0, colors=_QUIET)
+    bar.set_label("share of the true class", color=_QUIET)
+    bar.outline.set_visible(False)
+    if number <= _MAX_WRITTEN:
+        _write_cells(axes, counts, shares)
+    return figure
+
+
+def _is_wide(names: Sequence[str]) -> bool:
+    return max(len(name) for name in names) > 5
+
+
+def _write_cells(axes: Any, counts: Tensor, shares: Tensor) -> None:
+    for row, column in counts.nonzero().tolist():
+        share = float(shares[row, column])
+        axes.text(
+            *(column, row, f"{int(counts[row, column]):,}\n{share:.0%}"),
+            ha="center",
+            va="center",
+            fontsize=8,
+            linespacing=1.25,
+            color="white" if share > 0.55 else _INK,
+        )
+
+
+def pattern_figure(config: Any, *, seq_len: int | None = None) -> "Figure":
+    """Draws who attends to whom in a model; of many heads the first 8.
+
+    Args:
+        config: Config of the model, with `pattern`, `num_heads` and `is_causal`.
+        seq_len: Tokens to draw; None takes what is usual for the model. It is halved as long as
+            the shortest segment could not be seen.
+
+    Returns:
+        A matplotlib figure that no global state knows of, so nobody has to close it.
+
+    Raises:
+        ValueError: `seq_len` is below 1.
+    """
+    length = config.usual_seq_len if seq_len is None else seq_len
+    heads = tuple(range(min(config.num_heads, _MAX_HEADS)))
+    while True:
+        try:
+            return plot_pattern(
+                config.pattern,
+                seq_len=length,
+                num_heads=config.num_heads,
+                is_causal=config.is_causal,
+                heads=heads,
+            )
+        except ValueError:
+            if length < 2:
+                raise
+            length //= 2
+
+
+def curves_figure(curves: Mapping[str, Sequence[tuple[int, float]]], *, title: str) -> "Figure":
+    """Draws loss and accuracy of a classifier against the optimizer step.
+
+    Args:
+        curves: Metrics by name, as `read_curves` returns them.
+        title: Written above both panels.
+
+    Returns:
+        A matplotlib figure that no global state knows of, so nobody has to close it.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    loss, accuracy = figure.subplots(1, 2)
+    _draw_curve(loss, curves, "train_loss", "training", color=_PALE_BLUE, linewidth=1.0)
+    _draw_curve(loss, curves, "val_loss", "validation", color=_ORANGE, marker="o", markersize=4)
+    loss.set_title("Loss (cross-entropy, nats)", loc="left", fontsize=11)
+    _draw_curve(accuracy, curves, "val_accuracy", "accuracy", color=_BLUE, marker="o", markersize=4)
+    options = {"color": _ORANGE, "marker": "o", "markersize": 4, "linestyle": "--"}
+    _draw_curve(accuracy, curves, "val_balanced_accuracy", "mean recall of the classes", **options)
+    accuracy.set_title("Validation", loc="left", fontsize=11)
+    accuracy.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    for axes in (loss, accuracy):
+        axes.set_ylim(0, 1.02 if axes is accuracy else None)
+        axes.set_xlabel("optimizer step", color=_QUIET)
+        axes.grid(color=_GRID)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_GRID)
+        axes.tick_params(colors=_QUIET)
+        if axes.lines:
+            axes.legend(frameon=False)
+    return figure
+
+
+def _draw_curve(
+    axes: Any,
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    name: str,
+    label: str,
+    **style: Any,
+) -> None:
+    points = curves.get(name, ())
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label, **style)
+
+
+def log_figure(trainer: L.Trainer, name: str, figure: "Figure") -> None:
+    """Puts a figure into the run folder as `NAME.png`, and into the loggers that show pictures.
+
+    These are TensorBoard and every logger with Lightning's `log_image`, such as Weights & Biases.
+    Only the first process writes, and nothing does in a `fast_dev_run`.
+
+    Args:
+        trainer: The trainer.
+        name: What it shows, such as "confusion".
+        figure: The figure.
+    """
+    if not trainer.is_global_zero or trainer.fast_dev_run:
+        return
+    folder = Path(trainer.default_root_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.png"
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(name, figure, global_step=trainer.global_step)
+        elif hasattr(logger, "log_image"):
+            logger.log_image(key=name, images=[str(path)])

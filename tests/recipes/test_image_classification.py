@@ -1,0 +1,177 @@
+import json
+import sys
+
+import pytest
+import torch
+
+import longnet_zoo as lz
+from recipes.image_classification import ImageClassifier, MixupConfig, main
+from recipes.image_data import ImageDataModule
+from tests.recipes.classification_runs import quiet_trainer, tiny_vit, write_images
+from tests.recipes.text_runs import curve, last_checkpoint_every
+
+
+@pytest.fixture(autouse=True)
+def no_process_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipes"])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_images(tmp_path / "images", per_class=14)
+
+
+def arguments(folder, run_dir, **changes):
+    options = {
+        "trainer__accelerator": "cpu",
+        "trainer__max_epochs": 4,
+        "trainer__log_every_n_steps": 1,
+        "trainer__default_root_dir": run_dir,
+        "model__num_classes": 3,
+        "model__optimization__lr": 0.01,
+        "data__source": folder,
+        "data__batch_size": 6,
+        "data__augmentation__scale": [0.7, 1.0],
+    }
+    options |= {f"model__model_options__{name}": x for name, x in tiny_vit().items()}
+    options |= changes
+    return [f"--{name.replace('__', '.')}={value}" for name, value in options.items()]
+
+
+REPORT = ["--trainer.callbacks+=recipes.classification_report.ClassificationReport"]
+
+
+def test_fit_test_and_predict(folder, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    options = arguments(folder, run_dir, trainer__max_epochs=8)
+    main(["fit", *options, *last_checkpoint_every(5), *REPORT])
+    out = capsys.readouterr().out
+    assert "class  samples  recall  precision" in out
+    record = json.loads((run_dir / "metrics.json").read_text())
+    assert record["metrics"]["test_accuracy"] > 0.9
+    assert record["metrics"]["steps"] == 8 * 4
+    assert set(record["test_classes"]) == {"red", "green", "blue"}
+    assert sum(map(sum, record["test_confusion"])) > 3
+    for name in ("val_confusion", "test_confusion", "pattern", "report"):
+        assert (run_dir / f"{name}.png").stat().st_size > 5000
+    assert list((run_dir / "tensorboard").iterdir())
+    losses = list(curve(run_dir, "train_loss").values())
+    assert losses[-1] < 0.5 * losses[0]
+    assert set(curve(run_dir, "val_skipped_images").values()) == {0.0}
+
+    main(["test", *options])
+    assert "test_accuracy" in capsys.readouterr().out
+    main(["predict", *options, f"--data.predict_source={folder / 'red'}"])
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines() if "\t" in line]
+    assert [line[0] for line in lines] == sorted(str(p) for p in (folder / "red").iterdir())
+    assert sum(line[1] == "red" for line in lines) > 12
+    assert all(0 <= float(line[2]) <= 1 for line in lines)
+
+
+# Four steps are an epoch.
+@pytest.mark.parametrize(("step", "workers"), [(6, 1), (8, 0)])
+def test_resumed_run_equals_an_unbroken_one(folder, tmp_path, step, workers):
+    options = {
+        "model__model_options__dropout": 0.1,
+        "model__mixup__mixup_alpha": 0.8,
+        "model__mixup__cutmix_alpha": 1.0,
+        "data__num_workers": workers,
+    }
+    whole = tmp_path / "whole"
+    saved = [
+        "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
+        f"--trainer.callbacks.dirpath={tmp_path}",
+        f"--trainer.callbacks.every_n_train_steps={step}",
+        "--trainer.callbacks.save_top_k=-1",
+    ]
+    main(["fit", *arguments(folder, whole, **options), *saved])
+    (checkpoint,) = tmp_path.glob(f"*step={step}.ckpt")
+    rest = tmp_path / "rest"
+    main(["fit", *arguments(folder, rest, **options), *saved, f"--ckpt_path={checkpoint}"])
+    expected = curve(whole, "train_loss")
+    assert len(expected) == 16
+    assert curve(rest, "train_loss") == {i: x for i, x in expected.items() if i >= step}
+    assert curve(rest, "val_loss")[15] == curve(whole, "val_loss")[15]
+
+
+def test_checkpoint_makes_the_classifier_again(folder, tmp_path):
+    weights = lz.create_model("longvit_tiny_patch8_64", num_classes=0, **tiny_vit()).state_dict()
+    torch.save(weights, tmp_path / "weights.pth")
+    task = ImageClassifier(
+        num_classes=3,
+        model_options={**tiny_vit(), "head_offset": "block"},
+        pretrained=str(tmp_path / "weights.pth"),
+        mixup=MixupConfig(mixup_alpha=0.5),
+    )
+    trainer = quiet_trainer(tmp_path, max_steps=1)
+    data = ImageDataModule(source=str(folder), batch_size=6)
+    trainer.fit(task, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    # The weights to start from are not asked for again.
+    (tmp_path / "weights.pth").unlink()
+    again = ImageClassifier.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert again.model.config == task.model.config
+    assert again.model.config.head_offset == "block"
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(again.model.eval()(images), task.model.eval()(images))
+    assert again.class_names == ("blue", "green", "red")
+
+
+def test_mixed_batches_have_mixed_targets(monkeypatch):
+    mixup = MixupConfig(mixup_alpha=1.0)
+    task = ImageClassifier(num_classes=3, model_options=tiny_vit(), mixup=mixup)
+    seen = {}
+
+    def loss(logits, targets):
+        seen["targets"] = targets
+        return logits.sum()
+
+    monkeypatch.setattr(task, "loss", loss)
+    monkeypatch.setattr(task, "_log_skipped", lambda split, batch: None)
+    images = torch.randn(4, 3, 16, 16)
+    batch = {"images": images.clone(), "labels": torch.tensor([0, 1, 2, 2])}
+    task.training_loss(batch)
+    share = float(seen["targets"][0, 0])
+    assert 0 < share < 1
+    # The pairs are an image and its mirror place in the batch.
+    assert seen["targets"][0, 2] == pytest.approx(1 - share)
+    assert seen["targets"][1].tolist() == pytest.approx([0, share, 1 - share])
+    expected = share * images[0] + (1 - share) * images[3]
+    torch.testing.assert_close(batch["images"][0], expected)
+
+
+def test_odd_batches_cannot_be_mixed(folder, tmp_path):
+    task = ImageClassifier(
+        num_classes=3, model_options=tiny_vit(), mixup=MixupConfig(cutmix_alpha=1.0)
+    )
+    data = ImageDataModule(source=str(folder), batch_size=5)
+    with pytest.raises(ValueError, match="mixup needs an even batch_size, got 5"):
+        quiet_trainer(tmp_path).fit(task, datamodule=data)
+
+
+def test_layer_decay_and_checkpointed_gradients_reach_the_model(folder, tmp_path):
+    task = ImageClassifier(
+        num_classes=3,
+        model_options={**tiny_vit(), "num_layers": 2},
+        optimization={"lr": 1.0, "layer_decay": 0.5},
+        grad_checkpointing=True,
+    )
+    trainer = quiet_trainer(tmp_path, max_steps=1)
+    trainer.fit(task, datamodule=ImageDataModule(source=str(folder), batch_size=6))
+    rates = {group["initial_lr"] for group in trainer.optimizers[0].param_groups}
+    # Stem, two blocks, head.
+    assert rates == {0.125, 0.25, 0.5, 1.0}
+    assert task.model.stack.grad_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs mixup_alpha or cutmix_alpha, got 0 for both"),
+        ({"mixup_alpha": -1.0}, "mixup_alpha must be 0 or more, got -1.0"),
+        ({"mixup_alpha": 1.0, "prob": 2.0}, r"prob must be in \[0, 1\], got 2.0"),
+    ],
+)
+def test_bad_mixing_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MixupConfig(**options)
