@@ -223,10 +223,18 @@ def _facts(info: ModelInfo) -> dict[str, str]:
         "modality": info.modality,
         "source": info.source,
         "weights": "; ".join(x.tag for x in info.weights) or "none published",
-        "segment lengths": " ".join(map(str, info.pattern.segment_lengths)),
-        "dilation rates": " ".join(map(str, info.pattern.dilation_rates)),
+        **_pattern_facts(info.pattern),
         "parameters": f"{info.num_params:,} ({_short(info.num_params)})",
         "forward FLOPs": f"{_short(info.flops)} for {info.seq_len:,} tokens",
+    }
+
+
+def _pattern_facts(pattern: DilatedPattern) -> dict[str, str]:
+    if pattern.is_dense:
+        return {"attention": "dense; set segment_lengths and dilation_rates for a dilated one"}
+    return {
+        "segment lengths": " ".join(map(str, pattern.segment_lengths)),
+        "dilation rates": " ".join(map(str, pattern.dilation_rates)),
     }
 
 

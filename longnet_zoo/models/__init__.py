@@ -2,7 +2,7 @@
 
 from .base import ZooModel, config_from_json
 from .beit3 import BEiT3, BEiT3Config
-from .config import DENSE_SEGMENT, ModelConfig
+from .config import ModelConfig
 from .longvit import LongViT, LongViTConfig
 from .pixels import SlidePixels
 from .slide_config import GigaPathSlideConfig, slide_segment_lengths
@@ -13,7 +13,6 @@ from .text_decoder import LongNetLM, LongNetLMConfig
 from .text_encoder import LongNetMLM, LongNetMLMConfig
 
 __all__ = [
-    "DENSE_SEGMENT",
     "BEiT3",
     "BEiT3Config",
     "GigaPathSlideConfig",

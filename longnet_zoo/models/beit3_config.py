@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
+from longnet_zoo.ops.pattern import DENSE_SEGMENT
 from longnet_zoo.registry import PublishedWeights
 
 from .checks import check_choices, check_flags, check_integers
-from .config import DENSE_SEGMENT, ModelConfig
+from .config import ModelConfig
 
 __all__ = ["BEiT3Config", "GlobalPool", "TrainingHead", "published_weights"]
 

@@ -18,10 +18,7 @@ from .checks import (
     check_probabilities,
 )
 
-__all__ = ["DENSE_SEGMENT", "ModelConfig"]
-
-# One segment longer than any sequence: dense attention.
-DENSE_SEGMENT = 2**30
+__all__ = ["ModelConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["DilatedPattern", "HeadOffset", "PaddedKeys"]
+__all__ = ["DENSE_SEGMENT", "DilatedPattern", "HeadOffset", "PaddedKeys"]
+
+# One segment longer than any sequence: dense attention.
+DENSE_SEGMENT = 2**30
 
 HeadOffset = Literal["modulo", "block"]
 PaddedKeys = Literal["ignore", "zero"]
@@ -115,6 +118,11 @@ class DilatedPattern:
             head_offset=head_offset,
             padded_keys=padded_keys,
         )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every query sees every key, in a sequence of any length."""
+        return self.segment_lengths[0] >= DENSE_SEGMENT and self.dilation_rates == (1,)
 
     @property
     def branches(self) -> tuple[tuple[int, int], ...]:

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from longnet_zoo.models import DENSE_SEGMENT, LongNetLM, LongNetLMConfig, LongNetMLM, TextConfig
+from longnet_zoo.models import LongNetLM, LongNetLMConfig, LongNetMLM, TextConfig
+from longnet_zoo.ops.pattern import DENSE_SEGMENT
 from longnet_zoo.ops.positions import xpos_zeta
 
 from .keys import Converter, layer_names, refuse_unpublished

@@ -7,7 +7,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from longnet_zoo.models import DENSE_SEGMENT, LongNetLMConfig, LongNetMLMConfig
+from longnet_zoo.models import LongNetLMConfig, LongNetMLMConfig
+from longnet_zoo.ops.pattern import DENSE_SEGMENT
 
 __all__ = ["config_from_torchscale"]
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from longnet_zoo.ops import DilatedPattern
+from longnet_zoo.ops.pattern import DENSE_SEGMENT
 
 
 def test_geometric_is_the_papers_style():
@@ -107,3 +108,9 @@ def test_geometric_names_the_nearest_lengths():
         DilatedPattern.geometric(4, 8, ratio=1)
     with pytest.raises(ValueError, match="min_segment_length=8 and max_segment_length=4"):
         DilatedPattern.geometric(8, 4)
+
+
+def test_dense_is_one_segment_longer_than_any_sequence():
+    assert DilatedPattern(segment_lengths=(DENSE_SEGMENT,), dilation_rates=(1,)).is_dense
+    assert not DilatedPattern(segment_lengths=(DENSE_SEGMENT,), dilation_rates=(2,)).is_dense
+    assert not DilatedPattern(segment_lengths=(4096,), dilation_rates=(1,)).is_dense
