@@ -50,6 +50,7 @@ format: $(VENV)/.ready ## Mend style where it can be done automatically
 
 bench: $(VENV)/.ready ## Run the benchmarks that the README quotes
 	$(RUN) -m benchmarks.dilated_attention $(ARGS)
+	$(RUN) -m benchmarks.slide_encoder $(ARGS)
 
 clean: ## Remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
