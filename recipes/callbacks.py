@@ -1,4 +1,4 @@
-"""Callbacks that every recipe uses: exact resumption, the last checkpoint, throughput."""
+"""Callbacks that every recipe uses: exact resumption, the last checkpoint, throughput, time."""
 
 import random
 import signal
@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-__all__ = ["ExactResumption", "LastCheckpoint", "Throughput"]
+__all__ = ["ExactResumption", "LastCheckpoint", "RunClock", "Throughput"]
 
 
 class ExactResumption(Callback):
@@ -132,6 +132,31 @@ class LastCheckpoint(ModelCheckpoint):
     def _save(self, trainer: L.Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class RunClock(Callback):
+    """Counts the seconds since a fit began, and those before it was resumed."""
+
+    def __init__(self) -> None:
+        self._start = time.time()
+        self._seconds_before = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The time spent so far."""
+        return self._seconds_before + time.time() - self._start
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock."""
+        self._start = time.time()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the time spent so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Adds the time of the run that is resumed."""
+        self._seconds_before = state_dict["seconds"]
 
 
 class Throughput(Callback):

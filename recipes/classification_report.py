@@ -1,17 +1,15 @@
 """Writes what a classifier came to: report.png, metrics.json and a table to read."""
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from recipes.callbacks import Throughput
+from recipes.callbacks import RunClock, Throughput
 from recipes.classification import ClassificationTask
 from recipes.figures import confusion_figure, curves_figure, log_figure
 from recipes.run_folder import read_curves
@@ -19,7 +17,7 @@ from recipes.run_folder import read_curves
 __all__ = ["ClassificationReport", "class_scores", "class_table", "evaluate_test"]
 
 
-class ClassificationReport(Callback):
+class ClassificationReport(RunClock):
     """Tests the model when training ends, and writes a report into the run folder.
 
     Where the data module has no `has_test`, or nothing is held out for the test, it reports the
@@ -30,13 +28,8 @@ class ClassificationReport(Callback):
     """
 
     def __init__(self, *, title: str | None = None) -> None:
+        super().__init__()
         self._title = title
-        self._start = time.time()
-        self._seconds_before = 0.0
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock."""
-        self._start = time.time()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tests on all processes, writes on the first."""
@@ -60,7 +53,7 @@ class ClassificationReport(Callback):
                 **{f"{split}_{name}": value for name, value in figures.items()},
                 "steps": trainer.global_step,
                 "train_seconds": round(throughput.train_seconds, 1),
-                "total_seconds": round(self._seconds(), 1),
+                "total_seconds": round(self.seconds, 1),
             },
             f"{split}_classes": class_scores(counts, names),
             f"{split}_confusion": counts.tolist(),
@@ -70,17 +63,6 @@ class ClassificationReport(Callback):
             curves = read_curves(folder / "metrics.csv")
             log_figure(trainer, "report", curves_figure(curves, title=title))
         print(_summary(folder, split, record["metrics"], class_table(counts, names)))
-
-    def _seconds(self) -> float:
-        return self._seconds_before + time.time() - self._start
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the time spent so far."""
-        return {"seconds": self._seconds()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Adds the time of the run that is resumed."""
-        self._seconds_before = state_dict["seconds"]
 
 
 def evaluate_test(trainer: L.Trainer, task: ClassificationTask) -> str:

@@ -8,7 +8,6 @@ epoch and the image alone, so the number of worker processes changes nothing.
 import contextlib
 import itertools
 import logging
-import math
 import random
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -21,21 +20,17 @@ from torch.utils.data import Dataset
 
 from .classification_metrics import UNLABELLED
 from .image_files import ImageFiles, no_pixel_limit
-from .text_loader import EndlessLoader, batch_iterator
+from .loader import FILLER, Batch, EpochOrder, FixedLoader, SeededLoader, fair_order
 
 __all__ = ["EvalImages", "TrainImages"]
 
-Batch = dict[str, Any]
 Transform = Callable[[Image.Image], Tensor]
 OnError = Literal["skip", "raise"]
-
-# Stands for an image that evens out the number of batches on the ranks.
-_FILLER = -1
 
 _log = logging.getLogger(__name__)
 
 
-class TrainImages(EndlessLoader):
+class TrainImages(SeededLoader):
     """Yields epoch after epoch, each in an order that depends on seed and epoch.
 
     Args:
@@ -69,36 +64,22 @@ class TrainImages(EndlessLoader):
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        stride = batch_size * world_size
-        if len(images) < stride:
-            raise ValueError(
-                f"an epoch must fill at least one step: batch_size={batch_size} on {world_size} "
-                f"processes takes {stride} images, got {len(images)} for training. Use a smaller "
-                "batch_size, or more images."
-            )
-        order = {"num_images": len(images), "batch_size": batch_size, "world_size": world_size}
-        num_batches = len(images) // stride
-        super().__init__(num_batches=num_batches, position=0, order={**order, "seed": seed})
-        self._dataset = _TrainBatches(images, transform=transform, seed=seed, on_error=on_error)
-        # As Lightning reads it: 1 is one batch, 1.0 is all of them; 0 or 0.0 is no repetition.
-        repeated = math.ceil(repeat * (1 if isinstance(repeat, int) else num_batches))
-        self._num_repeated = min(repeated, num_batches)
-        self._first, self._stride, self._batch_size = batch_size * rank, stride, batch_size
-        self._workers: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
-
-    def _open(self) -> Iterator[Batch]:
-        repeated, batches, stride = self._num_repeated, len(self), self._stride
-        first, count = self._first, self._batch_size
-        places = (p % repeated if repeated else p for p in itertools.count(self._position))
-        # No reference to the loader: in a cycle, worker processes would not end with it.
-        requests = ((p // batches, p % batches * stride + first, count) for p in places)
-        return batch_iterator(self._dataset, requests, **self._workers)
-
-    def _step(self, item: Batch) -> tuple[Batch, int]:
-        return item, self._position + 1
+        super().__init__(
+            _TrainBatches(images, transform=transform, seed=seed, on_error=on_error),
+            num_samples=len(images),
+            unit="images",
+            order={"num_images": len(images)},
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            repeat=repeat,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
 
 
-class EvalImages:
+class EvalImages(FixedLoader):
     """Yields every image once, in an order that is mixed but always the same.
 
     So a limit on the number of batches takes a fair sample. Every rank gets as many batches, and
@@ -129,23 +110,15 @@ class EvalImages:
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        number = len(images)
-        order = np.random.default_rng(number).permutation(number) if is_mixed else range(number)
-        filled = np.full(math.ceil(number / world_size) * world_size, _FILLER)
-        filled[:number] = order
-        own = filled[rank::world_size].tolist()
-        self._requests = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
-        self._dataset = _EvalBatches(images, transform=transform, on_error=on_error)
-        self._workers: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
-        # Lightning looks for this name to end worker processes, also after an exception.
-        self._iterator: Iterator[Batch] | None = None
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def __iter__(self) -> Iterator[Batch]:
-        self._iterator = batch_iterator(self._dataset, self._requests, **self._workers)
-        yield from self._iterator
+        super().__init__(
+            _EvalBatches(images, transform=transform, on_error=on_error),
+            fair_order(len(images)) if is_mixed else range(len(images)),
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
 
 
 class _Batches(Dataset[Batch]):
@@ -176,17 +149,13 @@ class _TrainBatches(_Batches):
     def __init__(self, images: ImageFiles, *, seed: int, **options: Any) -> None:
         super().__init__(images, **options)
         self._seed = seed
-        self._orders: dict[int, np.ndarray] = {}
+        self._order = EpochOrder(len(images), seed=seed)
 
     def __getitem__(self, request: tuple[int, int, int]) -> Batch:
         epoch, first, count = request
         number = len(self._images)
-        if epoch not in self._orders:
-            # Only the present epoch is kept.
-            order = np.random.default_rng((self._seed, epoch)).permutation(number)
-            self._orders = {epoch: order}
         tensors, places, skipped = [], [], 0
-        for index in self._orders[epoch][first : first + count].tolist():
+        for index in self._order.samples(epoch, first=first, count=count):
             for place in itertools.chain(range(index, number), range(index)):
                 image = self._read(place, seed=(self._seed, epoch, place))
                 if image is not None:
@@ -203,12 +172,12 @@ class _EvalBatches(_Batches):
     """Makes the batch of a request, a list of places."""
 
     def __getitem__(self, request: list[int]) -> Batch:
-        read = [None if i == _FILLER else self._read(i, seed=(0, 0, i)) for i in request]
+        read = [None if i == FILLER else self._read(i, seed=(0, 0, i)) for i in request]
         shape = next((image.shape for image in read if image is not None), None)
         if shape is None:
             blank = self._transform(Image.new("RGB", (16, 16)))
             shape = blank.shape
-        places = [_FILLER if image is None else i for i, image in zip(request, read, strict=True)]
+        places = [FILLER if image is None else i for i, image in zip(request, read, strict=True)]
         tensors = [torch.zeros(shape) if image is None else image for image in read]
         skipped = sum(i != place for i, place in zip(request, places, strict=True))
         return _batch(self._images, tensors, places, num_skipped=skipped)
@@ -217,12 +186,12 @@ class _EvalBatches(_Batches):
 def _batch(
     images: ImageFiles, tensors: list[Tensor], places: list[int], *, num_skipped: int
 ) -> Batch:
-    labels = [UNLABELLED if place == _FILLER else images.labels[place] for place in places]
+    labels = [UNLABELLED if place == FILLER else images.labels[place] for place in places]
     return {
         "images": torch.stack(tensors),
         "labels": torch.tensor(labels),
         # Fillers have no name, so nobody prints them.
-        "names": ["" if place == _FILLER else images.names[place] for place in places],
+        "names": ["" if place == FILLER else images.names[place] for place in places],
         "num_skipped": torch.tensor(num_skipped),
     }
 

@@ -5,7 +5,6 @@ import html
 import json
 import os
 import platform
-import time
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 
 import longnet_zoo as lz
-from recipes.callbacks import Throughput
+from recipes.callbacks import RunClock, Throughput
 from recipes.context import ContextFigures, context_marks, measure_context
 from recipes.report_figure import draw_report
 from recipes.run_folder import read_curves
@@ -43,7 +41,7 @@ tr:first-child td{border-top:0}td:first-child{color:#7b8794;white-space:nowrap;w
 """
 
 
-class ReportCallback(Callback):
+class ReportCallback(RunClock):
     """Scores held-out text when training ends, and writes a report into the run folder.
 
     Args:
@@ -63,17 +61,16 @@ class ReportCallback(Callback):
         near: int | None = None,
         far: int | None = None,
     ) -> None:
+        super().__init__()
         if max_windows is not None and max_windows < 1:
             raise ValueError(f"max_windows must be None or 1 or more, got {max_windows}.")
         self._title = title
         self._max_windows = max_windows
         self._marks = {"short_context": short_context, "near": near, "far": far}
-        self._start = time.time()
-        self._seconds_before = 0.0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock, and checks the positions before hours of training, not after."""
-        self._start = time.time()
+        super().on_fit_start(trainer, pl_module)
         if not trainer.fast_dev_run:
             context_marks(trainer.datamodule.seq_len, **self._marks)
 
@@ -139,19 +136,8 @@ class ReportCallback(Callback):
             **figures.to_dict(),
             "steps": trainer.global_step,
             "train_seconds": round(throughput.train_seconds, 1),
-            "total_seconds": round(self._seconds(), 1),
+            "total_seconds": round(self.seconds, 1),
         }
-
-    def _seconds(self) -> float:
-        return self._seconds_before + time.time() - self._start
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the time spent so far."""
-        return {"seconds": self._seconds()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Adds the time of the run that is resumed."""
-        self._seconds_before = state_dict["seconds"]
 
 
 def report_html(

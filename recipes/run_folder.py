@@ -34,6 +34,9 @@ _ENTRIES = (
     "checkpoints",
     "report.html",
     "report.png",
+    "pattern.png",
+    "val_confusion.png",
+    "test_confusion.png",
 )
 
 

@@ -8,10 +8,8 @@ A batch is a dict; b slides, n tiles of the longest one, d channels:
 - `names`, a list of b slide ids.
 """
 
-import itertools
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,11 +17,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from .text_loader import EndlessLoader, batch_iterator
+from .classification_metrics import UNLABELLED
+from .loader import FILLER, Batch, EpochOrder, FixedLoader, SeededLoader
 
 __all__ = ["EvalLoader", "Slide", "SlideSet", "TrainLoader", "collate"]
-
-Batch = dict[str, Any]
 
 
 class Slide(NamedTuple):
@@ -62,7 +59,7 @@ def collate(slides: Sequence[Slide]) -> Batch:
     }
 
 
-class TrainLoader(EndlessLoader):
+class TrainLoader(SeededLoader):
     """Yields epoch after epoch, each in an order that depends on seed and epoch.
 
     Args:
@@ -95,37 +92,26 @@ class TrainLoader(EndlessLoader):
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        num_slides, stride = len(slides.labels), batch_size * world_size
-        if num_slides < stride:
-            raise ValueError(
-                f"an epoch must fill at least one step: batch_size={batch_size} on {world_size} "
-                f"processes takes {stride} slides, got {num_slides} for training. Use a smaller "
-                "batch_size."
-            )
-        order = {"num_slides": num_slides, "batch_size": batch_size, "world_size": world_size}
-        num_batches = num_slides // stride
-        super().__init__(num_batches=num_batches, position=0, order={**order, "seed": seed})
-        self._dataset = _TrainBatches(slides, max_tiles=max_tiles, seed=seed)
-        self._first, self._stride, self._batch_size = batch_size * rank, stride, batch_size
-        # As Lightning reads it: 1 is one batch, 1.0 is all of them; 0 or 0.0 is no repetition.
-        repeated = math.ceil(repeat * (1 if isinstance(repeat, int) else num_batches))
-        self._num_repeated = min(repeated, num_batches)
-        self._workers: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
-
-    def _open(self) -> Iterator[Batch]:
-        repeated, batches, stride = self._num_repeated, len(self), self._stride
-        first, count = self._first, self._batch_size
-        places = (p % repeated if repeated else p for p in itertools.count(self._position))
-        # No reference to the loader: in a cycle, worker processes would not end with it.
-        requests = ((p // batches, p % batches * stride + first, count) for p in places)
-        return batch_iterator(self._dataset, requests, **self._workers)
-
-    def _step(self, item: Batch) -> tuple[Batch, int]:
-        return item, self._position + 1
+        num_slides = len(slides.labels)
+        super().__init__(
+            _TrainBatches(slides, max_tiles=max_tiles, seed=seed),
+            num_samples=num_slides,
+            unit="slides",
+            order={"num_slides": num_slides},
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            repeat=repeat,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
 
 
-class EvalLoader:
+class EvalLoader(FixedLoader):
     """Yields all slides once, whole, in their order; ranks share them.
+
+    Every rank gets as many batches, and where slides are missing, one without a name or a label.
 
     Args:
         slides: The slides.
@@ -148,19 +134,15 @@ class EvalLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        own = list(range(len(slides.labels)) if indices is None else indices)[rank::world_size]
-        self._requests = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
-        self._dataset = _EvalBatches(slides)
-        self._workers: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
-        # Lightning looks for this name to end worker processes, also after an exception.
-        self._iterator: Iterator[Batch] | None = None
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def __iter__(self) -> Iterator[Batch]:
-        self._iterator = batch_iterator(self._dataset, self._requests, **self._workers)
-        yield from self._iterator
+        super().__init__(
+            _EvalBatches(slides),
+            range(len(slides.labels)) if indices is None else indices,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
 
 
 class _TrainBatches(Dataset[Batch]):
@@ -168,15 +150,11 @@ class _TrainBatches(Dataset[Batch]):
 
     def __init__(self, slides: SlideSet, *, max_tiles: int | None, seed: int) -> None:
         self._slides, self._max_tiles, self._seed = slides, max_tiles, seed
-        self._orders: dict[int, np.ndarray] = {}
+        self._order = EpochOrder(len(slides.labels), seed=seed)
 
     def __getitem__(self, request: tuple[int, int, int]) -> Batch:
         epoch, first, count = request
-        if epoch not in self._orders:
-            # Only the present epoch is kept.
-            order = np.random.default_rng((self._seed, epoch)).permutation(len(self._slides.labels))
-            self._orders = {epoch: order}
-        chosen = self._orders[epoch][first : first + count].tolist()
+        chosen = self._order.samples(epoch, first=first, count=count)
         return collate([self._sample(epoch, index) for index in chosen])
 
     def _sample(self, epoch: int, index: int) -> Slide:
@@ -196,4 +174,9 @@ class _EvalBatches(Dataset[Batch]):
         self._slides = slides
 
     def __getitem__(self, request: list[int]) -> Batch:
-        return collate([self._slides[index] for index in request])
+        return collate([self._filler() if i == FILLER else self._slides[i] for i in request])
+
+    def _filler(self) -> Slide:
+        """Returns a tile that any encoder of these slides can read, and that counts for nothing."""
+        tiles, coords, _, _ = self._slides[0]
+        return Slide(tiles[:1], coords[:1], UNLABELLED, "")

@@ -1,8 +1,9 @@
 """Text for language models: real source code by default, any text otherwise.
 
 Documents are found (`text_files`), read and split (`text_corpus`), turned into ids (`tokenizers`),
-packed into windows of `seq_len` tokens (`text_packing`) and handed out as batches that resume
-exactly (`text_loader`; `text_streaming` for a corpus larger than memory).
+packed into streams of tokens (`text_packing`, `text_splits`) and handed out as batches of windows
+of `seq_len` tokens that resume exactly (`text_loader`; `text_streaming` for a corpus larger than
+memory).
 
 A batch is a dict; b is `batch_size`, n is `seq_len`:
 
@@ -16,17 +17,15 @@ Held-out text is whole documents, chosen by a hash of their path, that training 
 """
 
 import functools
-import hashlib
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 
 from .text_corpus import Corpus, CorpusSummary, Split
 from .text_loader import EvalLoader, TrainLoader
 from .text_packing import Objective, PackedDocuments, collate, window_size
-from .text_splits import cut_tail, pack_front, pack_splits
+from .text_splits import SplitReader
 from .text_streaming import StreamingConfig, StreamingWindows, StreamLoader
 from .tokenizers import load_tokenizer
 
@@ -102,14 +101,11 @@ class TextDataModule(L.LightningDataModule):
         streaming: bool | StreamingConfig = False,
     ) -> None:
         super().__init__()
-        self.source, self.val_source, self.test_source = source, val_source, test_source
-        self.pattern, self.column, self.on_error = pattern, column, on_error
-        self.val_fraction, self.test_fraction, self.split = val_fraction, test_fraction, split
+        self.source, self.split = source, split
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.seq_len, self.batch_size, self.objective = seq_len, batch_size, objective
-        self.mask_probability = mask_probability
-        self.confine_to_document = confine_to_document
-        self.shuffle_documents = shuffle_documents
-        self.seed, self.num_workers = seed, num_workers
+        self.mask_probability, self.confine_to_document = mask_probability, confine_to_document
+        self.shuffle_documents, self.seed, self.num_workers = shuffle_documents, seed, num_workers
         self.streaming = StreamingConfig() if streaming is True else streaming or None
         self._check()
         self.tokenizer = load_tokenizer(
@@ -120,8 +116,21 @@ class TextDataModule(L.LightningDataModule):
                 f"objective='masked' needs a mask token, and tokenizer={tokenizer!r} has none of "
                 "the common names. Pass mask_token=..., or train with objective='causal'."
             )
-        self._summary: CorpusSummary | None = None
-        self._fingerprint: str | None = None
+        self._reader = SplitReader(
+            self.tokenizer,
+            corpus_options={
+                "source": source,
+                "val_source": val_source,
+                "test_source": test_source,
+                "pattern": pattern,
+                "column": column,
+                "val_fraction": val_fraction,
+                "test_fraction": test_fraction,
+                "on_error": on_error,
+            },
+            is_tail=split == "tail",
+            streaming=self.streaming,
+        )
         self._packed: dict[Split, PackedDocuments] = {}
         self._train_loader: tuple[L.Trainer | None, TrainLoader | StreamLoader] | None = None
 
@@ -138,14 +147,12 @@ class TextDataModule(L.LightningDataModule):
     @property
     def fingerprint(self) -> str:
         """Hash of the text and its splits: bits per byte compare where it is equal."""
-        if self._fingerprint is None:
-            raise RuntimeError("fingerprint needs the corpus to have been read: call setup first.")
-        return self._fingerprint
+        return self._reader.fingerprint
 
     @property
     def summary(self) -> CorpusSummary | None:
         """Documents and bytes of each split; None before setup and when streaming."""
-        return self._summary
+        return self._reader.summary
 
     def packed(self, split: Split) -> PackedDocuments:
         """Returns the token stream of a split, reading the corpus if need be.
@@ -183,7 +190,7 @@ class TextDataModule(L.LightningDataModule):
             split
             for split in needed.get(stage, ())
             if split not in self._packed
-            and self._has(split)
+            and self._reader.has(split)
             and not (self.streaming and split == "train")
         ]
         if missing:
@@ -204,11 +211,11 @@ class TextDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
         """Returns the validation batches; none if nothing is held out."""
-        return self._eval_loader("val") if self._has("val") else []
+        return self._eval_loader("val") if self._reader.has("val") else []
 
     def test_dataloader(self) -> EvalLoader:
         """Returns the test batches."""
-        if not self._has("test"):
+        if not self._reader.has("test"):
             raise ValueError(
                 f"the test needs held-out text, got test_fraction={self.test_fraction} and no "
                 "test_source. Pass one of them."
@@ -246,85 +253,8 @@ class TextDataModule(L.LightningDataModule):
                 "val_source, or use split='hash'."
             )
 
-    def _has(self, split: Split) -> bool:
-        """Returns whether there is to be such a split."""
-        if split == "train":
-            return True
-        source = self.val_source if split == "val" else self.test_source
-        fraction = self.val_fraction if split == "val" else self.test_fraction
-        return source is not None or fraction > 0
-
-    def _corpus(self) -> Corpus:
-        hashes = self.split == "hash"
-        return Corpus(
-            source=self.source,
-            val_source=self.val_source,
-            test_source=self.test_source,
-            pattern=self.pattern,
-            column=self.column,
-            val_fraction=self.val_fraction if hashes else 0.0,
-            test_fraction=self.test_fraction if hashes else 0.0,
-            on_error=self.on_error,
-        )
-
     def _read(self, splits: list[Split]) -> None:
-        """Reads splits into memory."""
-        corpus = self._corpus()
-        if self.streaming:
-            self._fingerprint = corpus.file_fingerprint()
-            packed = {
-                split: pack_front(
-                    corpus,
-                    split,
-                    self.tokenizer,
-                    max_tokens=self.streaming.eval_tokens,
-                    max_document_bytes=self.streaming.max_document_bytes,
-                )
-                for split in splits
-            }
-            rank_zero_info(f"text from {self.source!r}: streaming, files {self._fingerprint}")
-        else:
-            packed = pack_splits(
-                corpus, splits if self.split == "hash" else self._all_splits(), self.tokenizer
-            )
-            self._summary = corpus.summary
-            self._fingerprint = self._summary.fingerprint
-            rank_zero_info(f"text from {self.source!r}: {self._summary}")
-        if self.split == "tail":
-            fractions = self._tail_fractions()
-            packed = cut_tail(packed, fractions, self.tokenizer)
-            # The text is the same wherever it is cut, but not the figures.
-            name = f"{self._fingerprint}:{sorted(fractions.items())}"
-            self._fingerprint = hashlib.sha256(name.encode()).hexdigest()[:12]
-        for split in splits:
-            self._check_size(split, packed[split])
-        self._packed |= packed
-
-    def _all_splits(self) -> list[Split]:
-        return [split for split in ("train", "val", "test") if self._has(split)]
-
-    def _tail_fractions(self) -> dict[Split, float]:
-        return {
-            "val": self.val_fraction if self.val_source is None else 0.0,
-            "test": self.test_fraction if self.test_source is None else 0.0,
-        }
-
-    def _check_size(self, split: Split, packed: PackedDocuments) -> None:
-        needed = window_size(self.seq_len, self.objective)
-        if packed.num_tokens >= needed:
-            return
-        cures = {
-            "train": "add text, lower val_fraction and test_fraction",
-            "val": "raise val_fraction, pass val_source",
-            "test": "raise test_fraction, pass test_source",
-        }
-        can_cut = self.split != "tail" and not self.streaming
-        tail = ", or hold out the end of the text by data.split tail" if can_cut else ""
-        raise ValueError(
-            f"the {split} split must fill a window of {needed:,} tokens (seq_len={self.seq_len}), "
-            f"got {packed.num_tokens:,} tokens in {packed.num_documents:,} documents from "
-            f"source={self.source!r}. Shorten seq_len, {cures[split]}{tail}."
-        )
+        self._packed |= self._reader.read(splits, seq_len=self.seq_len, objective=self.objective)
 
     def _ranks(self) -> tuple[int, int]:
         """Returns which share of the data this process takes, and of how many."""
@@ -370,13 +300,12 @@ class TextDataModule(L.LightningDataModule):
         )
 
     def _stream_loader(self, config: StreamingConfig) -> StreamLoader:
-        corpus = self._corpus()
-        self._fingerprint = corpus.file_fingerprint()
+        corpus = self._reader.open_corpus()
         dataset = StreamingWindows(
             corpus.files["train"],
             read_options={
-                "column": self.column,
-                "on_error": self.on_error,
+                "column": corpus.column,
+                "on_error": corpus.on_error,
                 "max_document_bytes": config.max_document_bytes,
             },
             is_train=functools.partial(_is_train, corpus),
@@ -389,7 +318,7 @@ class TextDataModule(L.LightningDataModule):
         return StreamLoader(
             dataset,
             num_batches=config.batches_per_epoch,
-            corpus=self._fingerprint,
+            corpus=self.fingerprint,
             **self._worker_options(),
         )
 

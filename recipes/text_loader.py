@@ -1,27 +1,13 @@
-"""Loaders of text batches: one for training that resumes anywhere, one for evaluation.
+"""Windows of a token stream as batches; `loader` says what their order promises."""
 
-The order of windows is a pure function of (seed, epoch), and a batch is a pure function of its
-place in that order. So the position of a run is the number of batches it has seen, whatever the
-number of workers; it is the same on all ranks, and a checkpoint of rank 0 serves them all.
-Lightning saves and restores it through `state_dict` and `load_state_dict`.
-
-These are no `torch.utils.data.DataLoader`s themselves, so that Lightning neither replaces their
-order by a distributed sampler nor repeats windows to make the ranks even.
-"""
-
-import abc
-import dataclasses
-import itertools
-import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from .loader import FILLER, FixedLoader, SeededLoader, fair_order
 from .text_packing import (
     IGNORE_INDEX,
     EpochPlan,
@@ -30,85 +16,15 @@ from .text_packing import (
     read_window,
 )
 
-__all__ = ["EndlessLoader", "EvalLoader", "TrainLoader", "batch_iterator"]
+__all__ = ["Batch", "Collate", "EvalLoader", "TrainLoader"]
 
 Batch = dict[str, Tensor]
 
 # Makes a batch of windows (b, m), given the seeds of their masks.
 Collate = Callable[..., Batch]
 
-# Stands for a window without labels, which evens out the number of batches on the ranks.
-_FILLER = -1
 
-
-class EndlessLoader(abc.ABC):
-    """Hands out an endless sequence of batches; each `iter()` yields the next `len(self)` of it.
-
-    So what an epoch is to Lightning (`limit_train_batches`, a resumption in its midst or at its
-    end, loaders that are asked for again) never decides which batch comes next.
-
-    Args:
-        num_batches: Batches of an epoch.
-        position: Where the sequence starts.
-        order: What the sequence depends on, to notice when a checkpoint has another one.
-    """
-
-    def __init__(self, *, num_batches: int, position: Any, order: dict[str, Any]) -> None:
-        self._num_batches = num_batches
-        self._position = position
-        self._order = order
-        # Lightning looks for this name to end worker processes, also after an exception.
-        self._iterator: Iterator[Any] | None = None
-
-    def __len__(self) -> int:
-        return self._num_batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        # A generator: nothing moves until the first batch is asked for, as Lightning calls iter()
-        # more than once before it starts.
-        for _ in range(len(self)):
-            if self._iterator is None:
-                self._iterator = self._open()
-            # Counted when handed over and not when read, so that batches which workers have
-            # prepared do not count.
-            batch, self._position = self._step(next(self._iterator))
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the position behind the last batch handed over."""
-        return {"position": self._position, "order": dict(self._order)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a position; warns if it belongs to another sequence."""
-        saved = state_dict["order"]
-        changed = [
-            f"{name} {saved.get(name)!r} -> {value!r}"
-            for name, value in self._order.items()
-            if saved.get(name) != value
-        ]
-        if changed:
-            warnings.warn(
-                f"the checkpoint was trained on data in another order: {', '.join(changed)}. "
-                "Training goes on, but will not see the batches that the saved run would have.",
-                stacklevel=2,
-            )
-        self._position = self._convert(state_dict["position"], saved)
-        self._iterator = None
-
-    @abc.abstractmethod
-    def _open(self) -> Iterator[Any]:
-        """Returns an iterator that starts at the position."""
-
-    @abc.abstractmethod
-    def _step(self, item: Any) -> tuple[Batch, Any]:
-        """Returns the batch in an item of the iterator, and the position behind it."""
-
-    def _convert(self, position: Any, saved: dict[str, Any]) -> Any:
-        """Returns a position of a sequence with the order `saved` as one of this sequence."""
-        return position
-
-
-class TrainLoader(EndlessLoader):
+class TrainLoader(SeededLoader):
     """Yields epoch after epoch of a token stream, in an order that depends on seed and epoch.
 
     Its position is the number of batches so far.
@@ -151,58 +67,31 @@ class TrainLoader(EndlessLoader):
         corpus: str = "",
     ) -> None:
         num_windows = packed.num_tokens // seq_len
-        self._stride = batch_size * world_size
-        if num_windows < self._stride:
-            raise ValueError(
-                f"an epoch must fill at least one step: batch_size={batch_size} on {world_size} "
-                f"processes takes {self._stride} windows, and {packed.num_tokens:,} tokens hold "
-                f"{num_windows} of seq_len={seq_len}. Use a smaller batch_size or seq_len, or "
-                "more text."
-            )
-        order = {
-            "corpus": corpus,
-            "seq_len": seq_len,
-            "batch_size": batch_size,
-            "world_size": world_size,
-            "seed": seed,
-            "shuffle_documents": shuffle_documents,
-        }
-        num_batches = num_windows // self._stride
-        super().__init__(num_batches=num_batches, position=0, order=order)
-        self._dataset = _TrainWindows(
-            packed,
-            collate=collate,
-            plan_options={
-                "seq_len": seq_len,
-                "seed": seed,
-                "shuffle_documents": shuffle_documents,
-            },
-            window_size=window_size,
-        )
-        # As Lightning reads it: 1 is one batch, 1.0 is all of them; 0 or 0.0 is no repetition.
-        share = 1 if isinstance(repeat, int) else num_batches
-        self._requests = _Requests(
-            start=0,
-            num_batches=num_batches,
-            num_repeated=min(math.ceil(repeat * share), num_batches),
-            stride=self._stride,
-            first=batch_size * rank,
+        plan_options = {"seq_len": seq_len, "seed": seed, "shuffle_documents": shuffle_documents}
+        super().__init__(
+            _TrainWindows(
+                packed, collate=collate, plan_options=plan_options, window_size=window_size
+            ),
+            num_samples=num_windows,
+            unit="windows",
+            order={"corpus": corpus, "seq_len": seq_len, "shuffle_documents": shuffle_documents},
             batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            repeat=repeat,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            found=f"and {packed.num_tokens:,} tokens hold {num_windows} of seq_len={seq_len}",
+            cure="Use a smaller batch_size or seq_len, or more text.",
         )
-        self._workers: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
-
-    def _open(self) -> Iterator[Batch]:
-        requests = dataclasses.replace(self._requests, start=self._position)
-        return batch_iterator(self._dataset, requests, **self._workers)
-
-    def _step(self, item: Batch) -> tuple[Batch, int]:
-        return item, self._position + 1
+        self._stride = batch_size * world_size
 
     def _convert(self, position: int, saved: dict[str, Any]) -> int:
         return position * saved["batch_size"] * saved["world_size"] // self._stride
 
 
-class EvalLoader:
+class EvalLoader(FixedLoader):
     """Yields the same windows every time: the whole stream, cut without overlap.
 
     They come in an order that is mixed, but always the same, so that a limit on the number of
@@ -234,80 +123,16 @@ class EvalLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        self._dataset = _EvalWindows(
-            packed, collate=collate, seq_len=seq_len, window_size=window_size
-        )
         num_windows = (packed.num_tokens - window_size) // seq_len + 1
-        # Neither order nor masks follow the seed of a run: figures must be comparable.
-        order = np.random.default_rng(num_windows).permutation(num_windows)
-        filled = np.full(math.ceil(num_windows / world_size) * world_size, _FILLER)
-        filled[:num_windows] = order
-        own = filled[rank::world_size].tolist()
-        self._requests = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
-        self._workers: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
-        self._iterator: Iterator[Batch] | None = None
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def __iter__(self) -> Iterator[Batch]:
-        self._iterator = batch_iterator(self._dataset, self._requests, **self._workers)
-        yield from self._iterator
-
-
-def batch_iterator(
-    dataset: Dataset, requests: Iterable[Any] | None, *, num_workers: int, pin_memory: bool
-) -> Iterator[Any]:
-    """Reads batches, in worker processes if asked, in order.
-
-    Args:
-        dataset: Makes a whole batch from a request, or is iterable.
-        requests: What to ask of it; None for one that is iterable.
-        num_workers: Worker processes; 0 reads in this one.
-        pin_memory: Whether batches go to page-locked memory.
-
-    Returns:
-        The batches.
-    """
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=requests,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        # Without its own generator it would draw from the global one, and so change dropout.
-        generator=torch.Generator(),
-    )
-    return iter(loader)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Requests:
-    """What to ask of the training windows, without end.
-
-    Holds no reference to the loader: in a cycle, worker processes would not end with it.
-
-    Attributes:
-        start: Position of the first batch.
-        num_batches: Batches of an epoch.
-        num_repeated: Batches to repeat over and over; 0 for none.
-        stride: Windows of a step on all ranks.
-        first: Place of this rank's first window in a step.
-        batch_size: Windows of a step on this rank.
-    """
-
-    start: int
-    num_batches: int
-    num_repeated: int
-    stride: int
-    first: int
-    batch_size: int
-
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        for position in itertools.count(self.start):
-            count = position % self.num_repeated if self.num_repeated else position
-            epoch, batch = divmod(count, self.num_batches)
-            yield epoch, batch * self.stride + self.first, self.batch_size
+        super().__init__(
+            _EvalWindows(packed, collate=collate, seq_len=seq_len, window_size=window_size),
+            fair_order(num_windows),
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
 
 
 class _TrainWindows(Dataset[Batch]):
@@ -362,7 +187,7 @@ class _EvalWindows(Dataset[Batch]):
         seeds = [(0, 1, max(0, place)) for place in request]
         batch = self._collate(np.stack(windows), mask_seeds=seeds)
         for row, place in enumerate(request):
-            if place == _FILLER:
+            if place == FILLER:
                 # A confined batch is one long row.
                 batch["labels"].view(len(request), -1)[row] = IGNORE_INDEX
         return batch

@@ -1,15 +1,145 @@
-"""Turns the splits of a corpus into token streams: held in memory, cut off a tail, or a part."""
+"""Reads the splits of a corpus as token streams: whole, cut off the end, or the front."""
 
+import hashlib
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 
-from .text_corpus import Corpus, Split
-from .text_packing import PackedDocuments, Packer
+from .text_corpus import Corpus, CorpusSummary, Split
+from .text_packing import Objective, PackedDocuments, Packer, window_size
+from .text_streaming import StreamingConfig
 from .tokenizers import Tokenizer
 
-__all__ = ["cut_tail", "pack_front", "pack_splits"]
+__all__ = ["SplitReader", "cut_tail", "pack_front", "pack_splits"]
+
+_CURES = {
+    "train": "add text, lower val_fraction and test_fraction",
+    "val": "raise val_fraction, pass val_source",
+    "test": "raise test_fraction, pass test_source",
+}
+
+
+class SplitReader:
+    """Reads splits of a corpus into memory, and knows what it has read.
+
+    Args:
+        tokenizer: Makes the ids.
+        corpus_options: Arguments of `Corpus`, all of them.
+        is_tail: Whether held-out splits are the end of the text instead of whole documents.
+        streaming: How the training text is streamed; None holds it in memory. With it held-out
+            text is only the front of the corpus.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        corpus_options: dict[str, Any],
+        is_tail: bool,
+        streaming: StreamingConfig | None,
+    ) -> None:
+        self.summary: CorpusSummary | None = None
+        self._tokenizer = tokenizer
+        self._options = corpus_options
+        self._is_tail = is_tail
+        self._streaming = streaming
+        self._fingerprint: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the text and its splits."""
+        if self._fingerprint is None:
+            raise RuntimeError("fingerprint needs the corpus to have been read: call setup first.")
+        return self._fingerprint
+
+    def has(self, split: Split) -> bool:
+        """Returns whether there is to be such a split."""
+        if split == "train":
+            return True
+        return self._has_source(split) or self._options[f"{split}_fraction"] > 0
+
+    def open_corpus(self) -> Corpus:
+        """Finds the files of the corpus."""
+        whole = {"val_fraction": 0.0, "test_fraction": 0.0} if self._is_tail else {}
+        corpus = Corpus(**{**self._options, **whole})
+        if self._streaming:
+            self._fingerprint = corpus.file_fingerprint()
+        return corpus
+
+    def read(
+        self, splits: Sequence[Split], *, seq_len: int, objective: Objective
+    ) -> dict[Split, PackedDocuments]:
+        """Reads splits.
+
+        Args:
+            splits: Which ones.
+            seq_len: Context in tokens.
+            objective: What the windows are for.
+
+        Returns:
+            Their token streams, each of a window or more, and possibly those of other splits.
+
+        Raises:
+            ValueError: A split does not fill a window.
+        """
+        corpus = self.open_corpus()
+        packed = self._read_front(corpus, splits) if self._streaming else self._read(corpus, splits)
+        said = self.summary or f"streaming, files {self._fingerprint}"
+        rank_zero_info(f"text from {self._options['source']!r}: {said}")
+        if self._is_tail:
+            packed = self._cut_tail(packed)
+        for split in splits:
+            self._check_size(split, packed[split], seq_len=seq_len, objective=objective)
+        return packed
+
+    def _read_front(self, corpus: Corpus, splits: Sequence[Split]) -> dict[Split, PackedDocuments]:
+        assert self._streaming is not None
+        limits = {
+            "max_tokens": self._streaming.eval_tokens,
+            "max_document_bytes": self._streaming.max_document_bytes,
+        }
+        return {split: pack_front(corpus, split, self._tokenizer, **limits) for split in splits}
+
+    def _read(self, corpus: Corpus, splits: Sequence[Split]) -> dict[Split, PackedDocuments]:
+        every: tuple[Split, ...] = ("train", "val", "test")
+        if self._is_tail:
+            # It is cut off the training text, so whichever split is asked for, all are read.
+            splits = [split for split in every if self.has(split) or split in splits]
+        packed = pack_splits(corpus, splits, self._tokenizer)
+        self.summary = corpus.summary
+        self._fingerprint = self.summary.fingerprint
+        return packed
+
+    def _cut_tail(self, packed: dict[Split, PackedDocuments]) -> dict[Split, PackedDocuments]:
+        held_out: tuple[Split, ...] = ("val", "test")
+        fractions: dict[Split, float] = {
+            split: 0.0 if self._has_source(split) else self._options[f"{split}_fraction"]
+            for split in held_out
+        }
+        # The text is the same wherever it is cut, but not the figures.
+        name = f"{self._fingerprint}:{sorted(fractions.items())}"
+        self._fingerprint = hashlib.sha256(name.encode()).hexdigest()[:12]
+        return cut_tail(packed, fractions, self._tokenizer)
+
+    def _has_source(self, split: Split) -> bool:
+        return self._options[f"{split}_source"] is not None
+
+    def _check_size(
+        self, split: Split, packed: PackedDocuments, *, seq_len: int, objective: Objective
+    ) -> None:
+        needed = window_size(seq_len, objective)
+        if packed.num_tokens >= needed:
+            return
+        can_cut = not self._is_tail and not self._streaming
+        tail = ", or hold out the end of the text by data.split tail" if can_cut else ""
+        raise ValueError(
+            f"the {split} split must fill a window of {needed:,} tokens (seq_len={seq_len}), "
+            f"got {packed.num_tokens:,} tokens in {packed.num_documents:,} documents from "
+            f"source={self._options['source']!r}. Shorten seq_len, {_CURES[split]}{tail}."
+        )
 
 
 def pack_splits(

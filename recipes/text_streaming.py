@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
+from .loader import EndlessLoader, batch_iterator
 from .text_corpus import Document, read_documents
 from .text_files import SourceFile
-from .text_loader import Batch, Collate, EndlessLoader, batch_iterator
+from .text_loader import Batch, Collate
 from .text_packing import DocumentEncoder
 from .tokenizers import Tokenizer
 

@@ -1,6 +1,5 @@
 import dataclasses
 import math
-import sys
 import warnings
 
 import lightning as L
@@ -307,8 +306,7 @@ class _UnevenData(PointData):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_confusion_is_summed_over_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["test"])
+def test_confusion_is_summed_over_processes(tmp_path):
     options = {"devices": 2, "strategy": "ddp_spawn", "use_distributed_sampler": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -20,20 +20,9 @@ from tests.recipes.text_runs import (
     arguments,
     curve,
     last_checkpoint_every,
-    write_corpus,
 )
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def no_process_arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["recipes.text_lm"])
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

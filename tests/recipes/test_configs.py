@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,6 @@ from tests.recipes.text_runs import model_options, write_corpus
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs" / "text").rglob("*.yaml"))
 RECIPES = ("recipes.text_lm", "recipes.text_mlm")
-
-
-@pytest.fixture(autouse=True)
-def no_process_arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["recipes"])
 
 
 def recipe_of(config):

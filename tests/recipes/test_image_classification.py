@@ -1,5 +1,4 @@
 import json
-import sys
 
 import pytest
 import torch
@@ -7,13 +6,9 @@ import torch
 import longnet_zoo as lz
 from recipes.image_classification import ImageClassifier, MixupConfig, main
 from recipes.image_data import ImageDataModule
+from recipes.run_folder import make_room
 from tests.recipes.classification_runs import quiet_trainer, tiny_vit, write_images
 from tests.recipes.text_runs import curve, last_checkpoint_every
-
-
-@pytest.fixture(autouse=True)
-def no_process_arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["recipes"])
 
 
 @pytest.fixture
@@ -66,6 +61,10 @@ def test_fit_test_and_predict(folder, tmp_path, capsys):
     assert [line[0] for line in lines] == sorted(str(p) for p in (folder / "red").iterdir())
     assert sum(line[1] == "red" for line in lines) > 12
     assert all(0 <= float(line[2]) <= 1 for line in lines)
+
+    # A run writes nothing that the next one would take for its own.
+    make_room(run_dir, ckpt_path=None)
+    assert [path.name for path in run_dir.iterdir()] == ["previous"]
 
 
 # Four steps are an epoch.

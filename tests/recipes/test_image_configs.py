@@ -1,6 +1,5 @@
 """The configurations of the image recipe parse, run at tiny size and say how they are run."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,6 @@ from tests.recipes.classification_runs import tiny_vit, write_images
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs" / "vision").rglob("*.yaml"))
-
-
-@pytest.fixture(autouse=True)
-def no_process_arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["recipes"])
 
 
 def test_there_are_the_configs_that_are_known():

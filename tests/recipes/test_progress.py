@@ -2,17 +2,11 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 from recipes.progress import LineProgress, StepBar, progress_text
 from recipes.text_lm import TextLM
-from tests.recipes.text_runs import make_data, make_trainer, model_options, write_corpus
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
+from tests.recipes.text_runs import make_data, make_trainer, model_options
 
 
 def make_task():

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import re
-import sys
 from itertools import pairwise
 
 import pytest
@@ -19,17 +18,7 @@ from recipes.report_figure import draw_report
 from recipes.text_data import TextDataModule
 from recipes.text_lm import TextLM, main
 from recipes.text_mlm import main as main_mlm
-from tests.recipes.text_runs import arguments, last_checkpoint_every, model_options, write_corpus
-
-
-@pytest.fixture(autouse=True)
-def no_process_arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["recipes.text_lm"])
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
+from tests.recipes.text_runs import arguments, last_checkpoint_every, model_options
 
 
 def report_every_option(**options):

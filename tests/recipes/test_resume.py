@@ -15,7 +15,6 @@ from tests.recipes.text_runs import (
     curve,
     last_checkpoint_every,
     read_rows,
-    write_corpus,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -54,16 +53,6 @@ run(Terminated, TextDataModule)
 
 class PowerCut(Exception):
     """Stands for whatever ends a run."""
-
-
-@pytest.fixture(autouse=True)
-def no_process_arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["recipes.text_lm"])
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def fit(corpus, run_dir, *more, every=3, **changes):

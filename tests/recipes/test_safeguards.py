@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import sys
 
 import pytest
 import torch
@@ -23,18 +22,7 @@ from tests.recipes.text_runs import (
     make_data,
     make_trainer,
     model_options,
-    write_corpus,
 )
-
-
-@pytest.fixture(autouse=True)
-def no_process_arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["recipes.text_lm"])
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def write_run(folder, *, has_checkpoint):
@@ -185,7 +173,7 @@ def test_time_of_the_report_adds_up_over_a_resumption():
     first, second = ReportCallback(), ReportCallback()
     first._start -= 100.0
     second.load_state_dict(first.state_dict())
-    assert second._seconds() == pytest.approx(100.0, abs=10.0)
+    assert second.seconds == pytest.approx(100.0, abs=10.0)
 
 
 def test_file_names_need_not_be_utf8():

@@ -1,6 +1,5 @@
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,6 @@ from tests.recipes.slide_runs import tiny_encoder, write_labels, write_slides
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs" / "slides").glob("*.yaml"))
 PANDA = ROOT / "configs" / "slides" / "gigapath_panda.yaml"
-
-
-@pytest.fixture(autouse=True)
-def no_process_arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["recipes"])
 
 
 @pytest.fixture

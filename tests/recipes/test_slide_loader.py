@@ -3,8 +3,9 @@ import itertools
 import pytest
 import torch
 
+from recipes.classification_metrics import UNLABELLED
 from recipes.slide_loader import EvalLoader, Slide, TrainLoader, collate
-from tests.recipes.slide_runs import draw_slide
+from tests.recipes.slide_runs import DIM, draw_slide
 
 
 class Slides:
@@ -77,9 +78,29 @@ def test_ranks_share_an_epoch():
     assert [len(loader) for loader in loaders] == [2, 2]
     seen = [name for loader in loaders for batch in names(take(loader, 2)) for name in batch]
     assert len(set(seen)) == 8
-    loaders = [EvalLoader(Slides(), batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
-    seen = [name for loader in loaders for batch in names(loader) for name in batch]
-    assert sorted(seen, key=int) == [str(i) for i in range(11)]
+
+
+@pytest.mark.parametrize(("world_size", "fillers"), [(2, 1), (3, 1), (4, 1), (13, 2)])
+def test_ranks_evaluate_every_slide_once_and_fillers_do_not_count(world_size, fillers):
+    ranks = [
+        list(EvalLoader(Slides(), batch_size=1, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    found = [
+        (batch["names"][0], int(batch["labels"]), batch["tiles"], batch["padding_mask"])
+        for batches in ranks
+        for batch in batches
+    ]
+    slides = {name: label for name, label, _, _ in found if name}
+    assert slides == {str(i): Slides.labels[i] for i in range(11)}
+    without_name = [row for row in found if not row[0]]
+    assert len(without_name) == len(found) - 11 == fillers
+    for _, label, tiles, padding_mask in without_name:
+        assert label == UNLABELLED
+        # One tile, since it is embedded for nothing.
+        assert tiles.shape == (1, 1, DIM)
+        assert not padding_mask.any()
 
 
 def test_repeated_batches_come_again():

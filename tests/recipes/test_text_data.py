@@ -66,7 +66,7 @@ def test_a_stage_reads_what_it_needs_once(folder, monkeypatch):
         read.append(list(splits))
         return pack_splits(corpus, splits, tokenizer)
 
-    monkeypatch.setattr("recipes.text_data.pack_splits", record)
+    monkeypatch.setattr("recipes.text_splits.pack_splits", record)
     module = TextDataModule(source=folder, seq_len=8, val_fraction=0.3, test_fraction=0.2)
     for stage in ("predict", "validate", "fit", "fit", "test", "test"):
         module.setup(stage)
@@ -129,6 +129,15 @@ def test_the_tail_of_one_file_is_held_out(tmp_path, val_source, monkeypatch):
     other = TextDataModule(source="corpus/book.txt", split="tail", seq_len=8)
     other.setup("fit")
     assert other.fingerprint != module.fingerprint
+
+
+def test_a_tail_that_is_not_held_out_is_an_error_that_says_how_to_change_it(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("word " * 100)
+    module = TextDataModule(source=str(path), split="tail", seq_len=8, test_fraction=0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"the test split .* got 0 tokens .* test_fraction"):
+            module.packed("test")
 
 
 def test_tables_and_lists_of_sources_are_read(folder, tmp_path):

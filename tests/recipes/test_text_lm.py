@@ -1,7 +1,6 @@
 """The causal language model: exact bits per byte, checkpoints, random numbers."""
 
 import math
-import sys
 from types import SimpleNamespace
 
 import lightning as L
@@ -22,18 +21,7 @@ from tests.recipes.text_runs import (
     make_data,
     make_trainer,
     model_options,
-    write_corpus,
 )
-
-
-@pytest.fixture(autouse=True)
-def no_process_arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["recipes.text_lm"])
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def make_task(**options):

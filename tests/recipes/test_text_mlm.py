@@ -1,7 +1,5 @@
 """The masked language model: trained and resumed like the causal one, but it fills in."""
 
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -17,18 +15,7 @@ from tests.recipes.text_runs import (
     last_checkpoint_every,
     model_options,
     read_rows,
-    write_corpus,
 )
-
-
-@pytest.fixture(autouse=True)
-def no_process_arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["recipes.text_mlm"])
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def make_task(**options):

@@ -1,0 +1,17 @@
+import sys
+
+import pytest
+
+from tests.recipes.text_runs import write_corpus
+
+
+@pytest.fixture(autouse=True)
+def no_process_arguments(monkeypatch):
+    """Hides pytest's own arguments, of which Lightning's command line would warn."""
+    monkeypatch.setattr(sys, "argv", ["recipes.text_lm"])
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder of make-believe code that a module's tests share."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
