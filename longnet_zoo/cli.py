@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -223,10 +223,17 @@ def _facts(info: ModelInfo) -> dict[str, str]:
         "modality": info.modality,
         "source": info.source,
         "weights": "; ".join(x.tag for x in info.weights) or "none published",
+        **_published_facts(info.published_options),
         **_pattern_facts(info.pattern),
         "parameters": f"{info.num_params:,} ({_short(info.num_params)})",
         "forward FLOPs": f"{_short(info.flops)} for {info.seq_len:,} tokens",
     }
+
+
+def _published_facts(options: Mapping[str, Any]) -> dict[str, str]:
+    if not options:
+        return {}
+    return {"published names bring": "\n".join(f"{key}={x!r}" for key, x in options.items())}
 
 
 def _pattern_facts(pattern: DilatedPattern) -> dict[str, str]:

@@ -26,9 +26,13 @@ from longnet_zoo.weights import (
     Pretrained,
     find_weights,
     load_state_dict,
+    options_of_names,
 )
 
 __all__ = ["ModelInfo", "create_model", "list_models", "model_info"]
+
+# What tells models of one family apart: a folder with others is hardly the model of that name.
+_SIZES = ("embed_dim", "num_layers", "num_heads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,8 @@ class ModelInfo:
         flops: FLOPs of a forward pass over one sequence of `seq_len`, a multiply-add as two.
         pattern: Its attention pattern, with the segment lengths that the config gives.
         weights: Its published weights, the default ones first; empty where there are none.
+        published_options: Options that weights under published names bring, where a new model has
+            others; the `options` of `weights` come on top.
     """
 
     name: str
@@ -60,6 +66,7 @@ class ModelInfo:
     flops: int
     pattern: DilatedPattern
     weights: tuple[PublishedWeights, ...]
+    published_options: Mapping[str, Any]
 
 
 def create_model(
@@ -75,16 +82,21 @@ def create_model(
     """Makes a registered model.
 
     Weights are loaded strictly: a model comes back with all of them or not at all. Published names
-    are translated, and the options that such weights were trained with become the defaults.
+    are translated, and the options that such weights were trained with become the defaults. So do
+    the options in a checkpoint of a recipe; that of the recipe for slides gives the encoder,
+    without the linear head that was trained beside it. A plain file under our own names says
+    nothing of these options: where none of them is passed, a warning is logged.
 
     Args:
         name: A name of `list_models()`.
         pretrained: Where its weights come from. False: initial values. True: the published
             weights; a tag of `model_info(name).weights`: those. The path of a `.safetensors`,
-            `.pth`, `.pt`, `.bin` or `.ckpt` file, or of a folder that `save_pretrained` wrote:
-            its config gives the defaults. `"hf_hub:owner/name[@revision][/file]"`: a repository
-            or a file on the Hugging Face Hub. The `https://` address of a file. Or a state dict.
-        revision: Branch, tag or commit on the Hub.
+            `.pth`, `.pt`, `.bin` or `.ckpt` file, or of a folder that `save_pretrained` wrote, or
+            its `model.safetensors`: the config there gives the defaults.
+            `"hf_hub:owner/name[@revision][/file]"`: a repository or a file on the Hugging Face Hub.
+            The `https://` address of a file. Or a state dict.
+        revision: Branch, tag or commit on the Hub. This and what follows is refused for sources
+            that it is without use for.
         cache_dir: Folder for what is downloaded; None: the cache of huggingface_hub or torch.hub.
         token: Token for the Hub; None: the one of `hf auth login`.
         local_files_only: Whether to take only what was downloaded before, as with
@@ -95,8 +107,8 @@ def create_model(
         The model, in training mode.
 
     Raises:
-        ValueError: If the name is unknown, an option has a bad value, weights do not fit or have
-            another digest, or there are no published weights.
+        ValueError: If the name is unknown, an option has a bad value, weights do not fit, are
+            those of a model of another size or have another digest, or there are none published.
         TypeError: If an option is unknown or of the wrong type.
         FileNotFoundError: If there is nothing where the weights should be.
         PermissionError: If they are in a gated repository.
@@ -173,6 +185,7 @@ def model_info(name: str, seq_len: int | None = None) -> ModelInfo:
         flops=model.flops(seq_len),
         pattern=entry.config.pattern,
         weights=entry.weights,
+        published_options=_published_options(entry),
     )
 
 
@@ -189,21 +202,44 @@ def _check_names(entry: ModelEntry, options: Mapping[str, Any]) -> None:
 
 def _build_with(entry: ModelEntry, weights: FoundWeights, options: Mapping[str, Any]) -> nn.Module:
     """Makes a model with weights; what the user asks for wins over what they were trained with."""
-    converter = CONVERTERS.get(entry.family)
-    state_dict = weights.state_dict
-    if converter is not None and not converter.is_published(state_dict):
-        converter = None
-    config, trained = entry.config, dict(weights.options)
+    converter, state_dict = CONVERTERS.get(entry.family), weights.state_dict
+    chosen = {**weights.options, **options}
     if weights.config is not None:
         config = config_from_json(type(_build_empty(entry)), weights.config)
-    elif converter is not None:
-        trained = {**converter.options, **trained}
-    config = replace(config, **{**trained, **options})
-    if converter is not None:
+        config = replace(config, **chosen)
+        _check_sizes(entry, config, options, weights.source)
+    else:
+        config = replace(entry.config, **chosen)
+        if converter is not None:
+            trained = options_of_names(
+                converter, state_dict, config, given=chosen, source=weights.source
+            )
+            config = replace(config, **trained)
+    if converter is not None and converter.is_published(state_dict):
         state_dict = converter.from_published(state_dict, config)
     model = entry.build(config)
     load_state_dict(model, state_dict, source=weights.source)
     return model
+
+
+def _check_sizes(entry: ModelEntry, config: Any, options: Mapping[str, Any], source: str) -> None:
+    """Refuses a folder with the sizes of another model than the one asked for."""
+    found = {name: getattr(config, name) for name in _SIZES if name not in options}
+    wanted = {name: getattr(entry.config, name) for name in found}
+    if found != wanted:
+        raise ValueError(
+            f"weights for {entry.name!r} must have {_as_arguments(wanted)}, {source} has "
+            f"{_as_arguments(found)}. Pass these as options, or call "
+            f"{type(_build_empty(entry)).__name__}.from_pretrained on a folder."
+        )
+
+
+def _as_arguments(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def _published_options(entry: ModelEntry) -> dict[str, Any]:
+    return dict(CONVERTERS[entry.family].options) if entry.family in CONVERTERS else {}
 
 
 def _build_empty(entry: ModelEntry) -> Any:

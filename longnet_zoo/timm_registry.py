@@ -12,18 +12,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from timm.models import (
-    build_model_with_cfg,
-    clean_state_dict,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from longnet_zoo.factory import create_model
 from longnet_zoo.models import LongViT
 from longnet_zoo.models.longvit_config import data_config
 from longnet_zoo.registry import ModelEntry, PublishedWeights, registered_models
+from longnet_zoo.weights import options_of_names
+from longnet_zoo.weights.checkpoint import unwrap
 from longnet_zoo.weights.longvit import CONVERTER, fit_to_images
 
 __all__: list[str] = []  # timm adds the names of the models
@@ -35,8 +32,6 @@ _OPTION_NAMES = {
     "attn_drop_rate": "attention_dropout",
     "drop_path_rate": "drop_path",
 }
-# Where checkpoints of DINO and of DeepSpeed have their weights; timm knows other places itself.
-_CONTAINERS = ("teacher", "module")
 _HEAD = ("fc_norm.", "head.")
 
 
@@ -64,31 +59,42 @@ def _adapt_weights(
 ) -> dict[str, Tensor]:
     """Fits what timm has read to a model, and sets the switches that the weights were trained with.
 
-    timm itself adapts the first convolution and drops a head of another size afterwards.
+    timm itself adapts the first convolution and drops a head of another size afterwards. It takes
+    the size from the config of the weights, which here says that they have no head.
 
     Args:
-        content: State dict, or a checkpoint of DINO or DeepSpeed.
+        content: State dict, or a checkpoint with one inside.
         model: The model to load into; it takes the published switches with published weights.
         given: Options that the user has set, which stay as they are.
     """
-    for key in _CONTAINERS:
-        content = content.get(key, content)
-    state_dict = clean_state_dict(content)
+    source = "the state dict"
+    state_dict = unwrap(content, source=source).state_dict
     config = _config_of_weights(model, state_dict)
+    switches = options_of_names(CONVERTER, state_dict, model.config, given=given, source=source)
     if CONVERTER.is_published(state_dict):
-        _set_switches(model, {k: v for k, v in CONVERTER.options.items() if k not in given})
+        _set_switches(model, switches)
         state_dict = CONVERTER.from_published(state_dict, config)
     else:
         state_dict = fit_to_images(state_dict, config)
-    missing = sorted(model.state_dict().keys() - state_dict.keys())
-    has_head = any(key.startswith(_HEAD) for key in state_dict)
-    wrong = [key for key in missing if has_head or not key.startswith(_HEAD)]
-    if wrong:
-        raise ValueError(
-            f"weights lack {len(wrong)} keys of this model: {', '.join(wrong)}. "
-            "Create it with the options they were trained with."
-        )
+    _check_keys(model, state_dict)
+    if "head.weight" in state_dict:
+        # What timm compares: it gives a new head where the number of classes is another one.
+        model.pretrained_cfg["num_classes"] = config.num_classes
     return state_dict
+
+
+def _check_keys(model: LongViT, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuses missing and unknown keys, which timm only logs where a head is new or dropped."""
+    wanted = model.state_dict().keys()
+    has_head = any(key.startswith(_HEAD) for key in state_dict)
+    lacking = [key for key in wanted - state_dict.keys() if has_head or not key.startswith(_HEAD)]
+    unknown = [key for key in state_dict.keys() - wanted if not key.startswith(_HEAD)]
+    for what, keys in (("lack {} keys of", lacking), ("have {} keys that are not in", unknown)):
+        if keys:
+            raise ValueError(
+                f"weights {what.format(len(keys))} this model: {', '.join(sorted(keys))}. "
+                "Create it with the options they were trained with."
+            )
 
 
 def _config_of_weights(model: LongViT, state_dict: Mapping[str, Tensor]) -> Any:

@@ -87,6 +87,8 @@ def test_info_shows_parameters_flops_and_options(capsys):
     assert "for 4,096 tokens" in out
     assert "2048 4096 8192 16384 32768" in out
     assert "none published" in out
+    words = " ".join(out.split())
+    assert "published names bring head_offset='block' padded_keys='zero' segment" in words
     assert "2307.02486" in out
 
 
@@ -94,6 +96,7 @@ def test_info_as_json_is_the_whole_info(capsys):
     info = json.loads(run("info", "longnet_lm_tiny", "--json", capsys=capsys))
     assert info["num_params"] == model_info("longnet_lm_tiny").num_params
     assert info["seq_len"] == 8192
+    assert info["published_options"] == {"head_offset": "block", "padded_keys": "zero"}
     assert info["config"]["segment_lengths"] == [512, 1024, 2048, 4096, 8192]
 
 

@@ -179,11 +179,85 @@ def test_options_of_registered_weights_win_over_those_of_their_names(tmp_path, m
 def test_folder_of_save_pretrained_brings_its_config(tmp_path):
     model = create_model("longnet_lm_tiny", **SMALL, **TRAINED, num_outputs=0)
     model.save_pretrained(tmp_path)
-    loaded = create_model("longnet_lm_base", pretrained=tmp_path, num_heads=2, dropout=0.5)
-    assert loaded.config == replace(model.config, num_heads=2, dropout=0.5)
-    assert torch.equal(loaded.embedding.weight, model.embedding.weight)
-    with pytest.raises(ValueError, match=r"one of LongNetMLM, got model='LongNetLM'.*file alone"):
-        create_model("longnet_mlm_tiny", pretrained=tmp_path)
+    for place in (tmp_path, tmp_path / "model.safetensors"):
+        options = {"embed_dim": 24, "num_layers": 1, "num_heads": 2, "dropout": 0.5}
+        loaded = create_model("longnet_lm_base", pretrained=place, **options)
+        assert loaded.config == replace(model.config, num_heads=2, dropout=0.5)
+        assert torch.equal(loaded.embedding.weight, model.embedding.weight)
+        with pytest.raises(ValueError, match=r"one of LongNetMLM, got model='LongNetLM'.*Load it"):
+            create_model("longnet_mlm_tiny", pretrained=place)
+
+
+def test_folder_of_another_size_than_the_name_is_refused(tmp_path):
+    create_model("longnet_lm_tiny", **SMALL).save_pretrained(tmp_path)
+    message = (
+        r"'longnet_lm_base' must have embed_dim=768, num_heads=12, .*has embed_dim=24, num_heads=4"
+        r"\. Pass these as options, or call LongNetLM\.from_pretrained"
+    )
+    with pytest.raises(ValueError, match=message):
+        create_model("longnet_lm_base", pretrained=tmp_path, num_layers=1)
+    # The cure that the message names.
+    sizes = {"embed_dim": 24, "num_layers": 1, "num_heads": 4}
+    assert create_model("longnet_lm_base", pretrained=tmp_path, **sizes).config.vocab_size == 61
+
+
+def recipe_checkpoint(state_dict, name, options):
+    """What Lightning saves for our recipes."""
+    return {
+        "state_dict": {f"model.{key}": x for key, x in state_dict.items()},
+        "hyper_parameters": {"model_name": name, "num_classes": 2, "model_options": options},
+    }
+
+
+def test_checkpoint_of_a_recipe_brings_its_options(tmp_path, caplog):
+    model = create_model("longnet_lm_tiny", **SMALL, **TRAINED)
+    content = recipe_checkpoint(model.state_dict(), "longnet_lm_tiny", {**SMALL, **TRAINED})
+    torch.save(content, tmp_path / "x.ckpt")
+    for pretrained in (content, tmp_path / "x.ckpt"):
+        loaded = create_model("longnet_lm_tiny", pretrained=pretrained, dropout=0.5)
+        assert loaded.config == replace(model.config, dropout=0.5)
+        assert torch.equal(loaded.eval()(TOKENS), model.eval()(TOKENS))
+        message = "of the model 'longnet_lm_base', got one of 'longnet_lm_tiny'. Create that model"
+        with pytest.raises(ValueError, match=message):
+            create_model("longnet_lm_base", pretrained=pretrained)
+    # Options that were left at their defaults are known, too.
+    plain = create_model("longnet_lm_tiny", num_layers=1)
+    content = recipe_checkpoint(plain.state_dict(), "longnet_lm_tiny", {"num_layers": 1})
+    assert create_model("longnet_lm_tiny", pretrained=content).config == plain.config
+    content["hyper_parameters"]["model_options"] = None
+    plain = create_model("longnet_lm_tiny")
+    content["state_dict"] = plain.state_dict()
+    assert create_model("longnet_lm_tiny", pretrained=content).config == plain.config
+    assert caplog.messages == []
+
+
+def test_checkpoint_of_the_recipe_for_slides_gives_its_encoder():
+    name, options = SMALL_MODELS["gigapath_slide"]
+    options = {**options, **TRAINED}
+    model = create_model(name, **options)
+    network = nn.ModuleDict({"encoder": model, "head": nn.Linear(32, 2)})
+    content = recipe_checkpoint(network.state_dict(), name, options)
+    loaded = create_model(name, pretrained=content)
+    assert loaded.config == model.config
+    assert torch.equal(loaded.tile_embed.weight, model.tile_embed.weight)
+
+
+@pytest.mark.parametrize("family", sorted(CONVERTERS))
+def test_plain_weights_that_do_not_say_their_rules_are_told_of(family, caplog):
+    name, options = SMALL_MODELS[family]
+    model = create_model(name, **options, **CONVERTERS[family].options)
+    create_model(name, pretrained=model.state_dict(), **options)
+    if family == "longnet_beit3":  # has no such options
+        assert caplog.messages == []
+        return
+    (message,) = caplog.messages
+    assert "the state dict does not say by which rules" in message
+    assert "the model has head_offset='modulo', padded_keys='ignore'. Pass" in message
+    assert "head_offset='block', padded_keys='zero'). Folders of save_pretrained" in message
+    caplog.clear()
+    create_model(name, pretrained=model.state_dict(), **options, padded_keys="zero")
+    create_model(name, pretrained=to_published_state_dict(model), **options)
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(
@@ -228,6 +302,11 @@ def test_model_info_takes_no_memory_and_defaults_to_the_longest_segment():
     assert info.weights == ()
     assert "2307.02486" in info.source
     assert model_info("longnet_lm_2b7", 65536).flops == 2 * info.flops
+
+
+def test_model_info_tells_what_published_names_bring():
+    assert model_info("longvit_tiny_patch8_64").published_options == TRAINED
+    assert model_info("longnet_beit3_tiny").published_options == {}
 
 
 @pytest.mark.parametrize("seq_len", [0, -1, 2.0, True])

@@ -215,11 +215,12 @@ def test_switches_that_the_user_passes_win(tmp_path):
     assert (model.config.head_offset, model.config.padded_keys) == ("block", "ignore")
 
 
-def test_own_file_keeps_the_switches_of_a_new_model(tmp_path):
+def test_own_file_keeps_the_switches_of_a_new_model(tmp_path, caplog):
     saved = make(img_size=20, num_classes=0).eval()
     torch.save(saved.state_dict(), tmp_path / "x.pth")
     model, images = load(tmp_path / "x.pth"), draw()
     assert model.config == saved.config
+    assert "the model has head_offset='modulo', padded_keys='ignore'" in caplog.text
     assert torch.equal(model(images), saved(images))
     other = load(tmp_path / "x.pth", img_size=28)
     assert other.pos_embed.shape == (1, 49, EMBED_DIM)
@@ -247,6 +248,30 @@ def test_head_of_a_classifier_is_kept_or_dropped_by_the_number_of_classes(tmp_pa
     assert other(images).shape == (2, 7)
     headless = load(tmp_path / "x.pth", overlay=overlay)
     assert torch.equal(headless.forward_features(images), saved.forward_features(images))
+
+
+@pytest.mark.parametrize("how", ["published", "ours"])
+def test_head_of_a_classifier_is_kept_without_a_word_of_its_classes(how, tmp_path):
+    saved, images = published_file(tmp_path / "x.pth", "module", num_classes=2), draw()
+    if how == "ours":
+        torch.save(saved.state_dict(), tmp_path / "x.pth")
+    same = load(tmp_path / "x.pth", num_classes=2, **CONVERTER.options)
+    assert torch.equal(same(images), saved(images))
+    assert get_pretrained_cfg(SMALL_NAME).num_classes == 0
+    other = load(tmp_path / "x.pth", num_classes=7)
+    assert torch.equal(other.fc_norm.weight, saved.fc_norm.weight)
+    assert other(images).shape == (2, 7)
+    headless = load(tmp_path / "x.pth", **CONVERTER.options)
+    assert torch.equal(headless.forward_features(images), saved.forward_features(images))
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_own_file_with_keys_that_the_model_lacks_is_refused(num_classes, tmp_path):
+    state_dict = make(img_size=20, num_classes=0, final_norm=True).state_dict()
+    torch.save({**state_dict, "cls_token": torch.zeros(1)}, tmp_path / "x.pth")
+    message = "have 3 keys that are not in this model: cls_token, norm.bias, norm.weight"
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "x.pth", num_classes=num_classes)
 
 
 def test_published_file_gives_features_only(tmp_path):

@@ -44,10 +44,17 @@ class Route:
             *lengths: Number of tokens of each modality in every sequence; 0 for none.
 
         Raises:
-            ValueError: If a length is negative.
+            ValueError: If a length is negative, or there is no token at all.
+            TypeError: If a length is not an integer.
         """
-        if not lengths or min(lengths) < 0:
-            raise ValueError(f"lengths must be 0 or more, one per modality, got {lengths}.")
+        # While a program is exported, a length may be a symbol.
+        if not all(isinstance(length, (int, torch.SymInt)) for length in lengths):
+            raise TypeError(f"lengths must be integers, one per modality, got {lengths}.")
+        if not any(lengths) or min(lengths) < 0:
+            raise ValueError(
+                f"lengths must be 0 or more, one per modality, and one of them above 0, got "
+                f"{lengths}."
+            )
         return cls(lengths)
 
     @classmethod

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -111,6 +112,35 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
         path.write_text(json.dumps(content, sort_keys=True, indent=2) + "\n")
 
     @classmethod
+    def from_pretrained(
+        cls: type[ModelT], pretrained_model_name_or_path: str | Path, **options: Any
+    ) -> ModelT:
+        """Makes a model from a folder or repository; see `huggingface_hub.ModelHubMixin`.
+
+        Args:
+            pretrained_model_name_or_path: A folder that `save_pretrained` wrote, or the
+                `"owner/name"` of a repository on the Hub.
+            **options: Options of huggingface_hub, such as `revision` and `token`; and fields of the
+                model's config that differ from the saved ones.
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: If there is no such folder, or a file is missing in it.
+            TypeError: If an option is unknown.
+            ValueError: If the weights do not fit the config.
+        """
+        place = pretrained_model_name_or_path
+        try:
+            return super().from_pretrained(place, **options)
+        except HFValidationError as error:
+            raise FileNotFoundError(
+                f"weights must be in a folder that save_pretrained wrote or in a repository "
+                f"'owner/name' of the Hub, got {str(place)!r}, which is neither. Check the path."
+            ) from error
+
+    @classmethod
     def _from_pretrained(
         cls: type[ModelT],
         *,
@@ -146,9 +176,22 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
             )
         if not isinstance(config, ModelConfig):
             config = config_from_json(cls, config)
+        unknown = sorted(options.keys() - {field.name for field in fields(config)})
+        if unknown:
+            raise TypeError(
+                f"{cls.__name__}.from_pretrained has no options {', '.join(unknown)}. Those of the "
+                f"config are {', '.join(field.name for field in fields(config))}."
+            )
         weights = load_file(find(constants.SAFETENSORS_SINGLE_FILE))
         model = cls(replace(config, **options))
-        model.load_state_dict(weights, strict=True)
+        try:
+            model.load_state_dict(weights, strict=True)
+        except RuntimeError as error:
+            changes = f" with the changes {options}; leave those of sizes out" if options else ""
+            raise ValueError(
+                f"{constants.SAFETENSORS_SINGLE_FILE} of {model_id!r} does not fit its config"
+                f"{changes}. {' '.join(str(error).split())}"
+            ) from error
         return model.to(map_location).eval()
 
 
@@ -177,7 +220,7 @@ def config_from_json(model_class: type[ZooModel], content: Mapping[str, Any]) ->
         raise ValueError(
             f"{constants.CONFIG_NAME} must be one of {model_class.__name__}, got "
             f"{_MODEL_KEY}={content.get(_MODEL_KEY)!r} and the unknown fields {unknown}. Load it "
-            "with the class that saved it, or pass the path of the weights file alone to "
+            "with the class that saved it, or pass weights.read_state_dict(file) as pretrained to "
             "longnet_zoo.create_model."
         )
     return model_class.config_class(**options)

@@ -26,7 +26,18 @@ from longnet_zoo.registry import register_model
 from .base import ZooModel, make_stack
 from .beit3_config import BEiT3Config, GlobalPool, TrainingHead, published_weights
 from .beit3_heads import RetrievalHead, make_classifier, make_linear
-from .beit3_inputs import ImageEmbedding, TextEmbedding, check_inputs, check_labels
+from .beit3_inputs import (
+    ImageEmbedding,
+    TextEmbedding,
+    check_first_tokens,
+    check_inputs,
+    check_labels,
+    check_pairs,
+    image_part,
+    text_part,
+)
+from .checks import check_mask
+from .heads import fit_module
 
 __all__ = [
     "BEiT3",
@@ -61,9 +72,9 @@ class BEiT3(ZooModel):
 
     def __init__(self, config: BEiT3Config) -> None:
         super().__init__(config)
-        embed_dim, vocab_size = config.embed_dim, config.vocab_size
+        self.embed_dim = self.num_features = embed_dim = config.embed_dim
         self.image_embed = ImageEmbedding(config)
-        self.text_embed = None if vocab_size is None else TextEmbedding(config)
+        self.text_embed = None if config.vocab_size is None else TextEmbedding(config)
         self.dropout = nn.Dropout(config.dropout)
         options = {"num_modalities": config.num_modalities, "final_norm": config.final_norm}
         self.stack = make_stack(config, position=None, **options)
@@ -71,8 +82,8 @@ class BEiT3(ZooModel):
         if "masked_image" in config.heads:
             self.masked_image_head = make_linear(embed_dim, config.num_visual_tokens)
         self.masked_text_head: nn.Linear | None = None
-        if "masked_text" in config.heads and vocab_size is not None:
-            self.masked_text_head = make_linear(embed_dim, vocab_size)
+        if "masked_text" in config.heads and config.vocab_size is not None:
+            self.masked_text_head = make_linear(embed_dim, config.vocab_size)
         self.retrieval_head: RetrievalHead | None = None
         if "retrieval" in config.heads:
             self.retrieval_head = RetrievalHead(embed_dim=embed_dim)
@@ -82,16 +93,6 @@ class BEiT3(ZooModel):
     def num_classes(self) -> int:
         """Classes of the classification head; 0 without one."""
         return self.config.num_classes
-
-    @property
-    def embed_dim(self) -> int:
-        """Channels of a feature."""
-        return self.config.embed_dim
-
-    @property
-    def num_features(self) -> int:
-        """Channels of a feature, by timm's name."""
-        return self.config.embed_dim
 
     def forward(
         self,
@@ -114,7 +115,8 @@ class BEiT3(ZooModel):
             classification head.
 
         Raises:
-            ValueError: As `forward_features`, and for `global_pool="avg"` without an image.
+            ValueError: As `forward_features`; without an image also for `global_pool="avg"` or
+                padding at a first token.
             TypeError: As `forward_features`.
         """
         features = self.forward_features(
@@ -125,6 +127,8 @@ class BEiT3(ZooModel):
                 "global_pool='avg' is the mean over the patches of an image, got image=None. "
                 "Use forward_features, or global_pool='token'."
             )
+        if image is None:
+            check_first_tokens(text_padding_mask)
         return self.forward_head(features)
 
     def forward_features(
@@ -140,7 +144,8 @@ class BEiT3(ZooModel):
         Args:
             image: Images, (batch, in_chans, img_size, img_size).
             tokens: Token ids, integers (batch, text_len) with text_len up to `max_text_len`.
-            text_padding_mask: Bool (batch, text_len), True = padding.
+            text_padding_mask: Bool (batch, text_len), True = padding. No token attends to it, its
+                own features mean nothing, and positions of others stay as they are.
             image_mask: Bool (batch, num_patches), True = hidden by the mask token.
 
         Returns:
@@ -180,11 +185,10 @@ class BEiT3(ZooModel):
             Logits (batch, num_classes), or features (batch, embed_dim) for `pre_logits` and for a
             model without a classification head.
         """
-        is_token = self.config.global_pool == "token"
-        pooled = features[:, 0] if is_token else self._patches(features).mean(dim=1)
-        if self.classifier is None:
-            return pooled
-        return self.classifier(pooled, pre_logits=pre_logits)
+        is_avg = self.config.global_pool == "avg"
+        pooled = image_part(self.config, features).mean(dim=1) if is_avg else features[:, 0]
+        head = self.classifier
+        return pooled if head is None else head(pooled, pre_logits=pre_logits)
 
     def masked_image_logits(self, features: Tensor, image_mask: Tensor) -> Tensor:
         """Computes the logits of the visual tokens at masked patches.
@@ -197,10 +201,12 @@ class BEiT3(ZooModel):
             Logits, (num_masked, num_visual_tokens), row by row of the mask.
 
         Raises:
-            ValueError: If the model has no such head.
+            ValueError: If the model has no such head, or shapes do not fit.
+            TypeError: If the mask is not bool.
         """
-        head = self._training_head("masked_image")
-        return head(self._patches(features)[image_mask])
+        head, patches = self._training_head("masked_image"), image_part(self.config, features)
+        check_mask("image_mask", image_mask, tuple(patches.shape[:2]))
+        return head(patches[image_mask])
 
     def masked_text_logits(self, features: Tensor, text_mask: Tensor) -> Tensor:
         """Computes the logits of the vocabulary at masked tokens.
@@ -213,10 +219,12 @@ class BEiT3(ZooModel):
             Logits, (num_masked, vocab_size), row by row of the mask.
 
         Raises:
-            ValueError: If the model has no such head.
+            ValueError: If the model has no such head, or shapes do not fit.
+            TypeError: If the mask is not bool.
         """
         head = self._training_head("masked_text")
-        return head(features[:, -text_mask.shape[1] :][text_mask])
+        check_mask("text_mask", text_mask, (features.shape[0], *text_mask.shape[1:2]))
+        return head(text_part(self.config, features, text_mask.shape[1])[text_mask])
 
     def masked_loss(
         self,
@@ -240,13 +248,12 @@ class BEiT3(ZooModel):
                 not masked have no loss.
             text_labels: What each token must be, int64 (batch, text_len); `ignore_index` for tokens
                 that are not masked.
-            text_padding_mask: As for `forward_features`.
+            text_padding_mask: As for `forward_features`; padding has no loss.
             ignore_index: Label of positions without loss.
             chunk_size: Rows whose logits exist at once; None: what fits a fixed memory.
 
         Returns:
-            Mean over the masked patches plus mean over the masked tokens, of what has labels, in
-            nats, a float32 scalar.
+            Mean over the masked patches plus mean over the labelled tokens, in nats, float32.
 
         Raises:
             ValueError: If there are no labels, labels come without what they label or in another
@@ -265,11 +272,13 @@ class BEiT3(ZooModel):
         )
         losses = []
         if image_labels is not None and image_mask is not None:
-            head, x = self._training_head("masked_image"), self._patches(features)
+            head, x = self._training_head("masked_image"), image_part(self.config, features)
             labels = image_labels.masked_fill(~image_mask, ignore_index)
             losses.append(cross_entropy(x, head.weight, labels, bias=head.bias))
         if text_labels is not None:
             head, x = self._training_head("masked_text"), features[:, -text_labels.shape[1] :]
+            if text_padding_mask is not None:
+                text_labels = text_labels.masked_fill(text_padding_mask, ignore_index)
             losses.append(cross_entropy(x, head.weight, text_labels, bias=head.bias))
         return torch.stack(losses).sum()
 
@@ -282,12 +291,14 @@ class BEiT3(ZooModel):
         """Embeds texts for retrieval: (b, t), padded where bool (b, t), to length 1, (b, e)."""
         head = self._training_head("retrieval")
         features = self.forward_features(tokens=tokens, text_padding_mask=text_padding_mask)
+        check_first_tokens(text_padding_mask)
         return head.embed_text(features[:, 0])
 
     def contrastive_loss(
         self, image: Tensor, tokens: Tensor, *, text_padding_mask: Tensor | None = None
     ) -> Tensor:
         """Computes the contrastive loss of a batch of pairs, on this process alone: a scalar."""
+        check_pairs(image, tokens)
         text = self.encode_text(tokens, text_padding_mask=text_padding_mask)
         return self._training_head("retrieval").loss(self.encode_image(image), text)
 
@@ -308,8 +319,8 @@ class BEiT3(ZooModel):
         """
         global_pool = self.config.global_pool if global_pool is None else global_pool
         self.config = replace(self.config, num_classes=num_classes, global_pool=global_pool)
-        classifier, like = make_classifier(self.config), self.image_embed.cls_token
-        self.classifier = None if classifier is None else classifier.to(like)
+        new = make_classifier(self.config)
+        self.classifier = None if new is None else fit_module(new, self)
 
     def no_weight_decay(self) -> set[str]:
         """Names the parameters for which weight decay makes no sense: norms, biases, positions."""
@@ -331,15 +342,6 @@ class BEiT3(ZooModel):
             "stem": r"^(?:image|text)_embed",
             "blocks": [(blocks, None), (r"^stack\.norm", (99999,))],
         }
-
-    def _patches(self, features: Tensor) -> Tensor:
-        num_patches = self.config.num_patches
-        if features.shape[1] <= num_patches:
-            raise ValueError(
-                f"features must begin with those of an image, 1 + {num_patches} tokens, got "
-                f"{features.shape[1]} tokens."
-            )
-        return features[:, 1 : 1 + num_patches]
 
     def _training_head(self, name: TrainingHead) -> Any:
         head = getattr(self, f"{name}_head")

@@ -89,6 +89,8 @@ class BEiT3Config(ModelConfig):
 
     def _check_heads(self) -> None:
         known = get_args(TrainingHead)
+        if isinstance(self.heads, list):
+            object.__setattr__(self, "heads", tuple(self.heads))
         if not isinstance(self.heads, tuple) or len({*self.heads} & {*known}) < len(self.heads):
             raise ValueError(
                 f"heads must be a tuple of different names among {known}, got {self.heads!r}."

@@ -9,8 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from .beit3_config import BEiT3Config
+from .checks import check_mask, check_tokens
 
-__all__ = ["FIRST_ROW", "ImageEmbedding", "TextEmbedding", "check_inputs", "check_labels"]
+__all__ = [
+    "FIRST_ROW",
+    "ImageEmbedding",
+    "TextEmbedding",
+    "check_first_tokens",
+    "check_inputs",
+    "check_labels",
+    "check_pairs",
+    "image_part",
+    "text_part",
+]
 
 # Rows 0 and 1 of a position table are never read: in torchscale position p takes row p + 2.
 FIRST_ROW = 2
@@ -35,7 +46,7 @@ class ImageEmbedding(nn.Module):
 
     def forward(self, image: Tensor, mask: Tensor | None) -> Tensor:
         """Embeds images (b, in_chans, img_size, img_size), masked by bool (b, p): (b, 1 + p, e)."""
-        patches = self.proj(image).flatten(2).transpose(1, 2)
+        patches = self.proj(image.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
         if mask is not None:
             patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
         cls_token = self.cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1)
@@ -77,15 +88,58 @@ def check_inputs(
         _check_image(config, image)
     if tokens is not None:
         _check_tokens(config, tokens)
-        if image is not None and image.shape[0] != tokens.shape[0]:
-            raise ValueError(
-                "image and tokens must have the same batch size, got "
-                f"{image.shape[0]} images and {tokens.shape[0]} texts."
-            )
+        if image is not None:
+            check_pairs(image, tokens)
     shape = None if tokens is None else tuple(tokens.shape)
-    _check_mask("text_padding_mask", text_padding_mask, "tokens", shape)
+    _check_given_mask("text_padding_mask", text_padding_mask, "tokens", shape)
     shape = None if image is None else (image.shape[0], config.num_patches)
-    _check_mask("image_mask", image_mask, "image", shape)
+    _check_given_mask("image_mask", image_mask, "image", shape)
+
+
+def check_pairs(image: Tensor, tokens: Tensor) -> None:
+    """Checks that there is a text for every image."""
+    if image.shape[0] != tokens.shape[0]:
+        raise ValueError(
+            "image and tokens must have the same batch size, got "
+            f"{image.shape[0]} images and {tokens.shape[0]} texts."
+        )
+
+
+def check_first_tokens(padding_mask: Tensor | None) -> None:
+    """Checks that the first token of every text, which is pooled, is no padding."""
+    # Reading values would stall a GPU and break a compiled graph.
+    if padding_mask is None or padding_mask.device.type != "cpu":
+        return
+    if torch.compiler.is_compiling():
+        return
+    wrong = padding_mask[:, 0].nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            "text_padding_mask must be False at the first token of every text, which stands for "
+            f"the text, got True for texts {wrong}. Pad on the right, and leave empty texts out."
+        )
+
+
+def image_part(config: BEiT3Config, features: Tensor) -> Tensor:
+    """Takes the features of the patches, (b, p, e)."""
+    num_patches = config.num_patches
+    if features.shape[1] <= num_patches:
+        raise ValueError(
+            f"features must begin with those of an image, 1 + {num_patches} tokens, got "
+            f"{features.shape[1]} tokens."
+        )
+    return features[:, 1 : 1 + num_patches]
+
+
+def text_part(config: BEiT3Config, features: Tensor, text_len: int) -> Tensor:
+    """Takes the features of the text, (b, t, e)."""
+    lengths = (text_len, 1 + config.num_patches + text_len)
+    if features.shape[1] not in lengths:
+        raise ValueError(
+            f"features must be those of a text of text_len={text_len} tokens, {lengths[0]} tokens, "
+            f"or {lengths[1]} behind an image, got {features.shape[1]} tokens."
+        )
+    return features[:, -text_len:]
 
 
 def check_labels(name: str, labels: Tensor | None, what: str, labelled: Tensor | None) -> None:
@@ -118,36 +172,19 @@ def _check_image(config: BEiT3Config, image: Tensor) -> None:
 def _check_tokens(config: BEiT3Config, tokens: Tensor) -> None:
     if config.vocab_size is None:
         raise ValueError("tokens need a model with text weights, this one has vocab_size=None.")
-    if tokens.dtype not in (torch.int64, torch.int32):
-        raise TypeError(
-            f"tokens must be int64 or int32, got {tokens.dtype}. Convert them with .long()."
-        )
-    if tokens.ndim != 2 or 0 in tokens.shape:
-        raise ValueError(
-            "tokens must be (batch, text_len) with at least one token, got "
-            f"{tuple(tokens.shape)}. Add the batch with tokens[None] if there is none."
-        )
+    check_tokens(tokens, vocab_size=config.vocab_size, length="text_len")
     if tokens.shape[1] > config.max_text_len:
         raise ValueError(
             f"tokens must be at most max_text_len={config.max_text_len} per text, got "
             f"{tokens.shape[1]}. Create the model with a larger max_text_len."
         )
-    # Reading values would stall a GPU (which checks by itself) and break a compiled graph.
-    if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-        lowest, highest = torch.stack(tokens.aminmax()).tolist()
-        if lowest < 0 or highest >= config.vocab_size:
-            raise ValueError(
-                f"tokens must be in [0, vocab_size) with vocab_size={config.vocab_size}, got "
-                f"values from {lowest} to {highest}."
-            )
 
 
-def _check_mask(name: str, mask: Tensor | None, what: str, shape: tuple[int, ...] | None) -> None:
+def _check_given_mask(
+    name: str, mask: Tensor | None, what: str, shape: tuple[int, ...] | None
+) -> None:
     if mask is None:
         return
     if shape is None:
         raise ValueError(f"{name} needs {what}, got {what}=None.")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be bool, got {mask.dtype}. Convert it with .bool().")
-    if tuple(mask.shape) != shape:
-        raise ValueError(f"{name} must be {shape}, got {tuple(mask.shape)}.")
+    check_mask(name, mask, shape)

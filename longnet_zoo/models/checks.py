@@ -1,20 +1,28 @@
-"""Checks that the config of every family shares: one clear error for a field with a bad value.
+"""Checks that the families share: one clear error for a bad option, token or mask.
 
-Each takes the config and names of its fields, so that messages carry the name the user typed.
+Those of a config take names of its fields, so that messages carry the name the user typed.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor
 
 __all__ = [
     "check_choices",
     "check_flags",
     "check_heads",
     "check_integers",
+    "check_mask",
     "check_positive",
     "check_probabilities",
+    "check_tokens",
+    "integer_list",
 ]
 
 
@@ -78,6 +86,57 @@ def check_heads(config: Any) -> None:
             "num_heads must be a multiple of num_kv_heads, got "
             f"num_heads={config.num_heads} and num_kv_heads={config.num_kv_heads}."
         )
+
+
+def check_tokens(tokens: Tensor, *, vocab_size: int, length: str = "seq_len") -> None:
+    """Checks token ids: integers (batch, seq_len) in [0, vocab_size), with at least one token.
+
+    Args:
+        tokens: Token ids.
+        vocab_size: Number of token ids.
+        length: What messages call the second axis.
+    """
+    if not isinstance(tokens, Tensor):
+        raise TypeError(
+            f"tokens must be a tensor (batch, {length}), got {type(tokens).__name__}. "
+            "Use torch.tensor(tokens)."
+        )
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"tokens must be int64 or int32, got {tokens.dtype}. Convert them with .long()."
+        )
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(
+            f"tokens must be (batch, {length}) with at least one token, got "
+            f"{tuple(tokens.shape)}. Add the batch with tokens[None] if there is none."
+        )
+    # Reading values would stall a GPU (which checks by itself) and break a compiled graph.
+    if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+        lowest, highest = torch.stack(tokens.aminmax()).tolist()
+        if lowest < 0 or highest >= vocab_size:
+            raise ValueError(
+                f"tokens must be in [0, vocab_size) with vocab_size={vocab_size}, got values from "
+                f"{lowest} to {highest}."
+            )
+
+
+def check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Checks that a mask is bool and of a shape."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, got {mask.dtype}. Convert it with .bool().")
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"{name} must be {shape}, got {tuple(mask.shape)}.")
+
+
+def integer_list(name: str, values: Iterable[int]) -> list[int]:
+    """Makes a list of integers (no bools, no floats) of any sequence, array or tensor of them."""
+    try:
+        numbers = list(values)
+        if any(isinstance(number, bool) for number in numbers):
+            raise TypeError
+        return [operator.index(number) for number in numbers]
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence of integers, got {values!r}.") from None
 
 
 def _number(config: Any, name: str, rule: str) -> float:

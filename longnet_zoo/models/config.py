@@ -38,7 +38,7 @@ class ModelConfig:
         norm: "sub_ln" (Magneto), "pre_ln" or "deepnorm".
         activation: "gelu" or "swiglu".
         qk_norm: Whether queries and keys pass a LayerNorm.
-        bias: Whether linear layers have a bias; an output head has none.
+        bias: Whether the linear layers of the blocks have a bias; heads are not concerned.
         dropout: Dropout of the embeddings and of what attention and feed-forward return.
         attention_dropout: Dropout of the attention weights.
         activation_dropout: Dropout of the feed-forward's hidden activation.

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from longnet_zoo.registry import PublishedWeights, register_model
 
-from .longvit_config import LongViTConfig, data_config
+from .heads import fit_module, masked_mean
+from .longvit_config import LongViTConfig
 from .patch_encoder import PatchEncoder, block_numbers, init_weight
 
 __all__ = [
@@ -57,8 +58,6 @@ class LongViT(PatchEncoder):
         self.head: nn.Module = nn.Identity()
         self.head_drop = nn.Dropout(config.head_dropout)
         self.reset_classifier(config.num_classes)
-        # What timm's `resolve_data_config` reads; timm puts its own here for a model it makes.
-        self.pretrained_cfg = self.default_cfg = data_config(config)
 
     @property
     def num_classes(self) -> int:
@@ -105,7 +104,7 @@ class LongViT(PatchEncoder):
             As for `forward`.
         """
         if self.config.global_pool == "avg":
-            features = _mean(features, key_padding_mask)
+            features = masked_mean(features, key_padding_mask)
         features = self.head_drop(self.fc_norm(features))
         return features if pre_logits else self.head(features)
 
@@ -152,16 +151,17 @@ class LongViT(PatchEncoder):
         """
         pool: Any = self.config.global_pool if global_pool is None else global_pool
         self.config = replace(self.config, num_classes=num_classes, global_pool=pool)
+        self._describe_data()
         if num_classes == 0:
             self.fc_norm, self.head = nn.Identity(), nn.Identity()
             return
         head = nn.Linear(self.embed_dim, num_classes)
         init_weight(head.weight)
         nn.init.zeros_(head.bias)
-        self.head = head.to(self.pos_embed)
+        self.head = fit_module(head, self)
         if isinstance(self.fc_norm, nn.Identity):
             norm = nn.LayerNorm(self.embed_dim, eps=self.config.eps)
-            self.fc_norm = norm.to(self.pos_embed)
+            self.fc_norm = fit_module(norm, self)
 
     def flops(self, seq_len: int) -> int:
         """Counts the FLOPs for one image, patch embedding and head included; see `ZooModel`.
@@ -264,12 +264,3 @@ def longvit_small_patch32_16384(config: LongViTConfig) -> LongViT:
 def longvit_small_patch32_32768(config: LongViTConfig) -> LongViT:
     """Builds the published model for images of 32,768 px."""
     return LongViT(config)
-
-
-def _mean(features: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    if key_padding_mask is None:
-        return features.mean(dim=1)
-    is_real = ~key_padding_mask
-    # Divided before it is summed: float16 holds no sum of many tokens.
-    weights = is_real / is_real.sum(dim=1, keepdim=True).clamp(min=1)
-    return (features * weights.to(features.dtype)[:, :, None]).sum(dim=1)

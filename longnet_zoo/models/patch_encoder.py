@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .base import ZooModel, make_stack
-from .longvit_config import LongViTConfig
+from .checks import check_mask, integer_list
+from .longvit_config import LongViTConfig, data_config
 from .patches import PatchEmbed, resize_positions
 from .pixels import Pixels, embed_strips
 
@@ -63,6 +64,9 @@ class PatchEncoder(ZooModel):
             }
             for layer in range(config.num_layers)
         ]
+        # What timm's `resolve_data_config` reads; timm puts its own here for a model it makes.
+        self._data_config = data_config(config)
+        self.pretrained_cfg = self.default_cfg = self._data_config
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Computes the features of all patches, (batch, patches, embed_dim); see `forward`."""
@@ -113,11 +117,19 @@ class PatchEncoder(ZooModel):
         Args:
             tokens: What `embed` or `embed_pixels` returns; images of different sizes are padded
                 after embedding.
-            key_padding_mask: Bool (batch, patches), True = padding.
+            key_padding_mask: Bool (batch, patches), True = padding; what such tokens hold does not
+                matter.
 
         Returns:
             Features, (batch, patches, embed_dim).
+
+        Raises:
+            ValueError: If the mask is of another shape.
+            TypeError: If it is not bool.
         """
+        if key_padding_mask is not None:
+            check_mask("key_padding_mask", key_padding_mask, tuple(tokens.shape[:2]))
+            tokens = tokens.masked_fill(key_padding_mask[..., None], 0.0)
         return self.norm(self.stack(tokens, key_padding_mask=key_padding_mask))
 
     def forward_intermediates(
@@ -232,6 +244,7 @@ class PatchEncoder(ZooModel):
             self.patch_embed = self.patch_embed.resampled(patch_size)
         for info in self.feature_info:
             info["reduction"] = patch_size
+        self._describe_data()
 
     def no_weight_decay(self) -> set[str]:
         """Names the parameters for which weight decay makes no sense: norms, biases, positions."""
@@ -245,6 +258,10 @@ class PatchEncoder(ZooModel):
         """
         blocks = r"^stack\.blocks" if coarse else [(r"^stack\.blocks\.(\d+)", None)]
         return {"stem": r"^pos_embed|^patch_embed", "blocks": blocks}
+
+    def _describe_data(self) -> None:
+        """Keeps our own description of the images right; one of timm's is about its weights."""
+        self._data_config.update(data_config(self.config))
 
     def _add_positions(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         table = resize_positions(self.pos_embed, old_grid=self.config.grid, new_grid=grid)
@@ -260,16 +277,16 @@ def block_numbers(indices: int | Sequence[int] | None, num_layers: int) -> list[
     """Lists the blocks wanted by their numbers from 0, in order."""
     if indices is None:
         return list(range(num_layers))
-    if isinstance(indices, int):
+    if type(indices) is int:
         if not 1 <= indices <= num_layers:
             raise ValueError(
                 f"the number of last blocks must be in [1, {num_layers}], got {indices}."
             )
         return list(range(num_layers - indices, num_layers))
-    wrong = [index for index in indices if not -num_layers <= index < num_layers]
-    if wrong or not indices:
+    numbers = integer_list("indices", indices)  # type: ignore[arg-type]
+    if not numbers or min(numbers) < -num_layers or max(numbers) >= num_layers:
         raise ValueError(
             f"indices must be numbers of the {num_layers} blocks, in "
-            f"[{-num_layers}, {num_layers}), got {list(indices)}."
+            f"[{-num_layers}, {num_layers}), got {numbers}."
         )
-    return sorted({index % num_layers for index in indices})
+    return sorted({index % num_layers for index in numbers})

@@ -35,6 +35,8 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Embeds images (batch, in_chans, height, width) row by row, to (batch, patches, e).
 
+        Images of any floating dtype are converted to that of the weights.
+
         Raises:
             ValueError: If the images have another number of channels, or no whole patches.
             TypeError: If they are not of a floating dtype.
@@ -50,7 +52,8 @@ class PatchEmbed(nn.Module):
                 "Use a transform, or embed_pixels for pixels in [0, 255]."
             )
         self.grid_size(images.shape[2], images.shape[3])
-        return rearrange(self.proj(images), "b e rows columns -> b (rows columns) e")
+        patches = self.proj(images.to(self.proj.weight.dtype))
+        return rearrange(patches, "b e rows columns -> b (rows columns) e")
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Counts the patches of an image: (rows, columns).
@@ -75,6 +78,8 @@ class PatchEmbed(nn.Module):
         new.to(device=weight.device, dtype=weight.dtype).train(self.training)
         resampled = resample_patch_embed(weight, [patch_size, patch_size])
         new.load_state_dict({**self.state_dict(), "proj.weight": resampled})
+        for name, parameter in new.named_parameters():
+            parameter.requires_grad_(self.get_parameter(name).requires_grad)
         return new
 
 

@@ -64,10 +64,18 @@ class SlidePixels:
         return height, width, 3
 
     def __getitem__(self, key: tuple[slice, slice]) -> np.ndarray:
-        """Reads `[top:bottom, left:right]` as uint8 (rows, columns, 3)."""
-        (top, bottom, _), (left, right, _) = (
-            part.indices(size) for part, size in zip(key, self.shape, strict=False)
-        )
+        """Reads `[top:bottom, left:right]` as uint8 (rows, columns, 3).
+
+        Raises:
+            TypeError: If the key is not of two slices without steps.
+        """
+        parts = key if isinstance(key, tuple) else (key,)
+        if len(parts) != 2 or any(
+            not isinstance(part, slice) or part.step not in (None, 1) for part in parts
+        ):
+            raise TypeError(f"slides are read as pixels[top:bottom, left:right], got {key!r}.")
+        height, width, _ = self.shape
+        (top, bottom, _), (left, right, _) = parts[0].indices(height), parts[1].indices(width)
         # openslide takes the corner in pixels of level 0, and the size in pixels of the level.
         downsample = self.slide.level_downsamples[self.level]
         corner = (round(left * downsample), round(top * downsample))
@@ -103,18 +111,16 @@ def embed_strips(
         ValueError: If shapes do not fit or an option is outside its range.
         TypeError: If `pixels` cannot be read in parts, or have another dtype.
     """
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != embed.in_chans:
-            raise ValueError(
-                f"{name} must have one number per channel, in_chans={embed.in_chans}, "
-                f"got {tuple(values)}."
-            )
+    channel_mean = _channel_values("mean", mean, embed.in_chans)
+    channel_std = _channel_values("std", std, embed.in_chans)
+    if not (channel_std > 0).all():
+        raise ValueError(f"std must be above 0, got {std!r}. Take 1 for a constant channel.")
     if type(strip_patches) is not int or strip_patches < 1:
         raise ValueError(f"strip_patches must be an integer of at least 1, got {strip_patches!r}.")
     height, width = _pixel_size(pixels, size)
     grid = embed.grid_size(height, width)
     step = strip_patches * embed.patch_size
-    run = partial(_embed_strip, embed, pixels, torch.tensor(mean), torch.tensor(std), width)
+    run = partial(_embed_strip, embed, pixels, channel_mean, channel_std, width)
     tokens = [
         checkpoint(
             run,
@@ -125,6 +131,18 @@ def embed_strips(
         for top in range(0, height, step)
     ]
     return torch.cat(tokens, dim=1), grid
+
+
+def _channel_values(name: str, values: Sequence[float], in_chans: int) -> Tensor:
+    try:
+        numbers = torch.tensor(values, dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a sequence of numbers, got {values!r}.") from error
+    if numbers.shape != (in_chans,) or not numbers.isfinite().all():
+        raise ValueError(
+            f"{name} must have one finite number per channel, in_chans={in_chans}, got {values!r}."
+        )
+    return numbers
 
 
 def _pixel_size(pixels: Pixels, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -138,11 +156,13 @@ def _pixel_size(pixels: Pixels, size: tuple[int, int] | None) -> tuple[int, int]
         raise ValueError(f"pixels must be (height, width, in_chans), got {tuple(shape)}.")
     if size is None:
         return shape[0], shape[1]
+    if not isinstance(size, (tuple, list)) or [type(side) for side in size] != [int, int]:
+        raise TypeError(f"size must be two integers, (height, width), got {size!r}.")
     if not (0 < size[0] <= shape[0] and 0 < size[1] <= shape[1]):
         raise ValueError(
             f"size must be (height, width) within the {shape[0]} x {shape[1]} pixels, got {size}."
         )
-    return size
+    return size[0], size[1]
 
 
 def _embed_strip(
@@ -160,9 +180,16 @@ def _embed_strip(
             f"pixels must be uint8, or of a floating dtype in [0, 1], got {part.dtype}. "
             "Scale other integers."
         )
+    if part.is_floating_point():
+        lowest, highest = torch.stack(part.aminmax()).tolist()
+        if not (lowest >= 0 and highest <= 1):
+            raise ValueError(
+                f"pixels of a floating dtype must be in [0, 1], not yet normalised, got values "
+                f"from {lowest:.7g} to {highest:.7g} in rows {strip.start}:{strip.stop}. "
+                "Divide those in [0, 255] by 255, or pass uint8."
+            )
     scale = 1 / (std * 255 if part.dtype == torch.uint8 else std)
     # Channels first while they are bytes, then in place: memory traffic is what takes the time.
     images = part.permute(2, 0, 1).contiguous().float()[None]
     images = images.mul_(scale[:, None, None]).sub_((mean / std)[:, None, None])
-    weight = embed.proj.weight
-    return embed(images.to(device=weight.device, dtype=weight.dtype))
+    return embed(images.to(embed.proj.weight.device))

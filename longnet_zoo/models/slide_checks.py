@@ -19,6 +19,8 @@ _COORD_DTYPES = (
 )
 # Below this, a common spacing of more than a tile may well be chance.
 _MIN_TILES_FOR_SPACING = 32
+# A tile size that is wrong by more than this factor is no slip between levels.
+_MAX_SHRINKAGE = 8
 
 
 def check_slides(
@@ -102,7 +104,12 @@ def check_padding(padding_mask: Tensor) -> None:
 
 
 def check_coordinates(
-    coords: Tensor, padding_mask: Tensor | None, *, tile_size: int, grid_size: int
+    coords: Tensor,
+    padding_mask: Tensor | None,
+    *,
+    tile_size: int,
+    grid_size: int,
+    check_spacing: bool = True,
 ) -> None:
     """Checks that coordinates are pixels at level 0, with tiles `tile_size` apart on the grid.
 
@@ -111,10 +118,12 @@ def check_coordinates(
         padding_mask: Bool (batch, num_tiles), True = padding, on the right; not looked at.
         tile_size: Pixels from one tile to the next.
         grid_size: Cells along each axis of the grid.
+        check_spacing: Whether to check how tiles lie to each other.
 
     Raises:
         ValueError: If a coordinate is not finite, negative, normalised to [0, 1] or outside the
-            grid, two tiles share a cell, or all tiles lie two or more cells apart.
+            grid; for `check_spacing`, if two tiles share a cell, or all tiles lie two or more cells
+            apart.
     """
     # One transfer for all checks; float64 is exact for pixels.
     pixels = coords.detach().to("cpu", torch.float64)
@@ -123,6 +132,8 @@ def check_coordinates(
     else:
         is_tile = ~padding_mask.cpu()
     _check_range(pixels, is_tile, tile_size, grid_size)
+    if not check_spacing:
+        return
     spacings = _spacings(pixels, is_tile)
     _check_one_tile_per_cell(pixels, is_tile, spacings, tile_size, grid_size)
     _check_spacings(pixels, is_tile, spacings, tile_size)
@@ -171,7 +182,7 @@ def _check_one_tile_per_cell(
     first, second = order[slide, place : place + 2].tolist()
     one, other = pixels[slide, first], pixels[slide, second]
     spacing = int(spacings[slide])
-    fits = 0 < spacing < tile_size and pixels[slide][is_tile[slide]].max() < spacing * grid_size
+    fits = _fits_spacing(pixels[slide][is_tile[slide]], spacing, tile_size, grid_size)
     cure = f"pass tile_size={spacing}, if that is meant" if fits else "pass the right tile_size"
     raise ValueError(
         f"coords must be pixels at level 0 of tiles that are tile_size={tile_size} apart, got "
@@ -179,6 +190,18 @@ def _check_one_tile_per_cell(
         f"cell ({len(shared)} such pairs). Multiply coordinates of another level by its "
         f"downsampling, or {cure}; check_coords=False lets tiles overlap."
     )
+
+
+def _fits_spacing(tiles: Tensor, spacing: int, tile_size: int, grid_size: int) -> bool:
+    """Says whether a smaller tile size is likely, and puts all tiles (n, 2) in cells of their own.
+
+    A tiny common divisor comes from tissue pieces with origins of their own, or from cells that
+    were taken for pixels: no tile is that small.
+    """
+    if not tile_size <= _MAX_SHRINKAGE * spacing < _MAX_SHRINKAGE * tile_size:
+        return False
+    cells = grid_cells(tiles, spacing)
+    return int(cells.max()) < grid_size and len(cells.unique(dim=0)) == len(cells)
 
 
 def _check_spacings(pixels: Tensor, is_tile: Tensor, spacings: Tensor, tile_size: int) -> None:

@@ -23,6 +23,8 @@ from torch.nn import functional
 from longnet_zoo.registry import PublishedWeights, register_model
 
 from .base import ZooModel, make_stack
+from .checks import integer_list
+from .heads import fit_module, masked_mean
 from .slide_checks import check_coordinates, check_padding, check_slides
 from .slide_config import GigaPathSlideConfig
 from .slide_positions import grid_cells, sincos_positions
@@ -104,8 +106,9 @@ class GigaPathSlideEncoder(ZooModel):
                 (batch, num_tiles, 2).
             padding_mask: Bool (batch, num_tiles), True = padding, which must be on the right.
             tile_size: Pixels from one tile to the next at level 0; None: that of the config.
-            check_coords: Whether to check the values of the coordinates. They are never checked
-                while a graph is compiled or exported.
+            check_coords: Whether to check that tiles lie `tile_size` apart, one to a cell; False
+                takes tiles that overlap or leave gaps. That coordinates are pixels inside the grid
+                is checked all the same. While a graph is compiled or exported, neither is.
 
         Returns:
             Embeddings (batch, embed_dim), or logits (batch, num_classes).
@@ -200,15 +203,15 @@ class GigaPathSlideEncoder(ZooModel):
             TypeError: As for `forward`.
         """
         num_layers = self.config.num_layers
-        layers = range(num_layers + 1) if layers is None else layers
-        if not layers or min(layers) < 0 or max(layers) > num_layers:
+        numbers = integer_list("layers", range(num_layers + 1) if layers is None else layers)
+        if not numbers or min(numbers) < 0 or max(numbers) > num_layers:
             raise ValueError(
                 f"layers must be numbers of blocks from 0 to num_layers={num_layers}, got "
-                f"{tuple(layers)}."
+                f"{tuple(numbers)}."
             )
         x, mask = self._embed(tile_embeddings, coords, padding_mask, tile_size, check_coords)
         _, states = self.stack(x, key_padding_mask=mask, return_hidden_states=True)
-        pooled = [self._pool(states[layer], padding_mask) for layer in layers]
+        pooled = [self._pool(states[layer], padding_mask) for layer in numbers]
         return self.norm(torch.stack(pooled, dim=1))
 
     def get_classifier(self) -> nn.Linear | None:
@@ -227,7 +230,7 @@ class GigaPathSlideEncoder(ZooModel):
         """
         self.config = replace(self.config, num_classes=num_classes)
         head = _make_head(self.config)
-        self.head = None if head is None else head.to(self.cls_token)
+        self.head = None if head is None else fit_module(head, self)
 
     def no_weight_decay(self) -> set[str]:
         """Names the parameters for which weight decay makes no sense: also the class token."""
@@ -270,10 +273,13 @@ class GigaPathSlideEncoder(ZooModel):
         if not torch.compiler.is_compiling():
             if padding_mask is not None:
                 check_padding(padding_mask)
-            if check_coords:
-                check_coordinates(
-                    coords, padding_mask, tile_size=tile_size, grid_size=config.grid_size
-                )
+            check_coordinates(
+                coords,
+                padding_mask,
+                tile_size=tile_size,
+                grid_size=config.grid_size,
+                check_spacing=check_coords,
+            )
         coords = coords if coords.is_floating_point() else coords.to(torch.int64)
         mask = None
         if padding_mask is not None:
@@ -283,19 +289,14 @@ class GigaPathSlideEncoder(ZooModel):
         cells = grid_cells(coords, tile_size)
         positions = sincos_positions(cells, config.embed_dim, grid_size=config.grid_size)
         x = self.tile_embed(tiles.to(self.tile_embed.weight.dtype)) + positions
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.to(self.cls_token.dtype)], dim=1)
+        cls_token = self.cls_token.expand(x.shape[0], -1, -1)
+        x = torch.cat([cls_token, x.to(cls_token.dtype)], dim=1)
         return self.dropout(x), mask
 
     def _pool(self, features: Tensor, padding_mask: Tensor | None) -> Tensor:
         if self.config.pool == "cls":
             return features[:, 0]
-        tiles = features[:, 1:]
-        if padding_mask is None:
-            return tiles.mean(dim=1)
-        # Half types could not hold the sum.
-        dtype = torch.promote_types(tiles.dtype, torch.float32)
-        total = tiles.masked_fill(padding_mask[..., None], 0.0).sum(dim=1, dtype=dtype)
-        return (total / (~padding_mask).sum(dim=1, keepdim=True)).to(tiles.dtype)
+        return masked_mean(features[:, 1:], padding_mask)
 
 
 def _make_head(config: GigaPathSlideConfig) -> nn.Linear | None:

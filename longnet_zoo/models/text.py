@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,6 +15,8 @@ from longnet_zoo.layers import initialize_weights
 from longnet_zoo.ops.cross_entropy import Reduction, linear_cross_entropy
 
 from .base import ZooModel, make_stack
+from .checks import check_tokens
+from .heads import fit_module
 from .text_config import TextConfig
 
 __all__ = ["TextModel"]
@@ -193,9 +194,8 @@ class TextModel(ZooModel):
             TypeError: If `num_outputs` is not an integer.
         """
         self.config = replace(self.config, num_outputs=num_outputs, tie_embeddings=False)
-        like = next(self.parameters())
         head = _make_head(self.config)
-        self.head = None if head is None else head.to(device=like.device, dtype=like.dtype)
+        self.head = None if head is None else fit_module(head, self)
 
     def flops(self, seq_len: int) -> int:
         """Counts the FLOPs of a forward pass over one sequence, head included; see `ZooModel`.
@@ -227,28 +227,7 @@ class TextModel(ZooModel):
             raise ValueError(
                 "this model has no token embedding (vocab_size=None). Pass inputs_embeds."
             )
-        if not isinstance(tokens, Tensor):
-            raise TypeError(
-                f"tokens must be a tensor (batch, seq_len), got {type(tokens).__name__}. "
-                "Use torch.tensor(tokens)."
-            )
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise TypeError(
-                f"tokens must be int64 or int32, got {tokens.dtype}. Convert them with .long()."
-            )
-        if tokens.ndim != 2 or 0 in tokens.shape:
-            raise ValueError(
-                "tokens must be (batch, seq_len) with at least one token, got "
-                f"{tuple(tokens.shape)}. Add the batch with tokens[None] if there is none."
-            )
-        # Reading values would stall a GPU (which checks by itself) and break a compiled graph.
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-            lowest, highest = torch.stack(tokens.aminmax()).tolist()
-            if lowest < 0 or highest >= self.embedding.num_embeddings:
-                raise ValueError(
-                    f"tokens must be in [0, vocab_size) with vocab_size="
-                    f"{self.embedding.num_embeddings}, got values from {lowest} to {highest}."
-                )
+        check_tokens(tokens, vocab_size=self.embedding.num_embeddings)
 
     def _check_embeds(self, inputs_embeds: Tensor) -> None:
         embed_dim = self.config.embed_dim

@@ -16,6 +16,7 @@ Two things are adapted to the model on the way in, both on the caller's word:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 import torch
@@ -31,6 +32,7 @@ from .keys import (
     published_names,
     refuse_unpublished,
     rename,
+    without_prefix,
 )
 
 __all__ = ["CONVERTER"]
@@ -67,16 +69,13 @@ _TOKEN_CLASSIFIER_NAMES = {
 }
 _PATCH_CLASSIFIER_NAMES = {"fc_norm": "classifier.norm", "head": "classifier.head"}
 # How the names of all released heads begin.
-_HEADS = (
-    "mim_head.",
-    "mlm_head.",
-    "vision_head.",
-    "language_head.",
-    "logit_scale",
-    "pooler.",
-    "fc_norm.",
-    "head.",
-)
+_PRETRAINING_HEADS = {
+    "masked_image": ("mim_head.",),
+    "masked_text": ("mlm_head.",),
+    "retrieval": ("vision_head.", "language_head.", "logit_scale"),
+}
+_CLASSIFIER = ("pooler.", "fc_norm.", "head.")
+_HEADS = (*(x for names in _PRETRAINING_HEADS.values() for x in names), *_CLASSIFIER)
 
 
 def _is_published(state_dict: Mapping[str, Tensor]) -> bool:
@@ -98,7 +97,7 @@ def _from_published(state_dict: Mapping[str, Tensor], config: BEiT3Config) -> di
             of images are not those of a square.
     """
     names = _key_table(config)
-    weights = {key.removeprefix(_PREFIX): tensor for key, tensor in state_dict.items()}
+    weights = without_prefix(state_dict, re.compile(re.escape(_PREFIX)), family="BEiT-3")
     weights = {
         key: tensor
         for key, tensor in weights.items()
@@ -182,10 +181,17 @@ def _our_expert(module: str, expert: int, num_modalities: int) -> str:
 def _is_superfluous(key: str, config: BEiT3Config) -> bool:
     is_of_text = ".B." in key or key in _TEXT_NAMES
     return (
-        key.startswith(_HEADS)
+        key.startswith(_missing_heads(config))
         or (is_of_text and config.vocab_size is None)
         or (key.startswith("encoder.layer_norm.") and not config.final_norm)
     )
+
+
+def _missing_heads(config: BEiT3Config) -> tuple[str, ...]:
+    """How the names of the heads begin that the model does not have."""
+    missing = [x for head, x in _PRETRAINING_HEADS.items() if head not in config.heads]
+    missing += [_CLASSIFIER] * (config.num_classes == 0)
+    return tuple(prefix for prefixes in missing for prefix in prefixes)
 
 
 def _resize_image_positions(table: Tensor, grid_size: int) -> Tensor:

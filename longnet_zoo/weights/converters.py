@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from torch import Tensor
 
-from longnet_zoo.models import ZooModel
+from longnet_zoo.models import ModelConfig, ZooModel
 from longnet_zoo.registry import registered_models
 
 from . import beit3, gigapath, longvit, torchscale
 from .keys import Converter
 
-__all__ = ["CONVERTERS", "to_published_state_dict"]
+__all__ = ["CONVERTERS", "options_of_names", "to_published_state_dict"]
+
+_LOGGER = logging.getLogger(__name__)
 
 CONVERTERS: Mapping[str, Converter] = {
     "gigapath_slide": gigapath.CONVERTER,
@@ -21,6 +25,47 @@ CONVERTERS: Mapping[str, Converter] = {
     "longnet_mlm": torchscale.CONVERTER,
     "longvit": longvit.CONVERTER,
 }
+
+
+def options_of_names(
+    converter: Converter,
+    state_dict: Mapping[str, Tensor],
+    config: ModelConfig,
+    *,
+    given: Collection[str],
+    source: str,
+) -> dict[str, Any]:
+    """Tells the options that weights bring by the names they are saved under.
+
+    Published names bring those of the converter. Ours bring none, and where nothing else says with
+    which ones the weights were trained, a warning is logged: no key would be missed.
+
+    Args:
+        converter: That of the family.
+        state_dict: The weights.
+        config: The config that they would be loaded with.
+        given: Names of the options that are known.
+        source: What to call the weights in the warning.
+
+    Returns:
+        Options that are not given.
+    """
+    unknown = {name: value for name, value in converter.options.items() if name not in given}
+    if converter.is_published(state_dict):
+        return unknown
+    if unknown and len(unknown) == len(converter.options):
+        _LOGGER.warning(
+            "%s does not say by which rules it was trained; the model has %s. Pass the right ones "
+            "(weights that began as published ones: %s). Folders of save_pretrained keep them.",
+            source,
+            _as_arguments({name: getattr(config, name) for name in unknown}),
+            _as_arguments(unknown),
+        )
+    return {}
+
+
+def _as_arguments(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 def to_published_state_dict(model: ZooModel) -> dict[str, Tensor]:

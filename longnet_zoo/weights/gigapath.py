@@ -83,7 +83,8 @@ def _check_positions(positions: Tensor, config: GigaPathSlideConfig) -> None:
         (positions[0, 1 + rows].float() - expected).abs().max().item(),
         positions[0, 0].abs().max().item(),
     )
-    if not error <= max(1e-5, torch.finfo(positions.dtype).eps):
+    rounding = torch.finfo(positions.dtype).eps if positions.is_floating_point() else 0.0
+    if not error <= max(1e-5, rounding):
         raise ValueError(
             f"{_POSITIONS} must hold the fixed sin-cos positions of the grid, got values off by up "
             f"to {error:.3g}."

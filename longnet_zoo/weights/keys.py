@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from re import Pattern
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,7 @@ __all__ = [
     "published_names",
     "refuse_unpublished",
     "rename",
+    "without_prefix",
 ]
 
 # Published name -> ours, for the modules of one layer of torchscale.
@@ -86,7 +88,11 @@ def parameter_names(modules: Mapping[str, str]) -> dict[str, str]:
 
 
 def rename(
-    state_dict: Mapping[str, Tensor], names: Mapping[str, str], *, family: str
+    state_dict: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    *,
+    family: str,
+    cure: str = "Create the model with the options they were trained with.",
 ) -> dict[str, Tensor]:
     """Renames every key of a state dict by a table.
 
@@ -94,6 +100,7 @@ def rename(
         state_dict: Tensors by name.
         names: Old name -> new name.
         family: What to call the weights in an error.
+        cure: What to do about keys that are not in the table.
 
     Raises:
         ValueError: If keys are not in the table; the message has all of them.
@@ -102,9 +109,35 @@ def rename(
     if unknown:
         raise ValueError(
             f"{family} weights have {len(unknown)} keys without a counterpart in this model: "
-            f"{', '.join(unknown)}. Create the model with the options they were trained with."
+            f"{', '.join(unknown)}. {cure}"
         )
     return {names[key]: tensor for key, tensor in state_dict.items()}
+
+
+def without_prefix(
+    state_dict: Mapping[str, Tensor], prefix: Pattern[str], *, family: str
+) -> dict[str, Tensor]:
+    """Cuts what a pattern matches at its start off every key that has it.
+
+    Args:
+        state_dict: Tensors by name.
+        prefix: What to cut off.
+        family: What to call the weights in an error.
+
+    Raises:
+        ValueError: If two keys become one: such a file holds the weights of two models.
+    """
+    originals: dict[str, str] = {}
+    for key in state_dict:
+        match = prefix.match(key)
+        plain = key[match.end() :] if match else key
+        if plain in originals:
+            raise ValueError(
+                f"{family} weights must be those of one model, got both {originals[plain]!r} and "
+                f"{key!r}. Pass the state dict of one of the two."
+            )
+        originals[plain] = key
+    return {plain: state_dict[key] for plain, key in originals.items()}
 
 
 def published_names(model: ZooModel, names: Mapping[str, str]) -> dict[str, Tensor]:

@@ -32,13 +32,15 @@ from .keys import (
     published_names,
     refuse_unpublished,
     rename,
+    without_prefix,
 )
+from .load import head_cure
 
 __all__ = ["CONVERTER", "fit_to_images"]
 
 _PREFIX = re.compile(r"^(model|backbone)\.")
 _PROJECTION_HEAD = re.compile(r"^head\.(mlp|last_layer)\.")
-_POSITIONS, _FIRST_CONV = "pos_embed", "patch_embed.proj.weight"
+_POSITIONS, _FIRST_CONV, _HEAD = "pos_embed", "patch_embed.proj.weight", "head.weight"
 # adapt_input_conv knows how to make other numbers of channels of this one.
 _RGB = 3
 
@@ -72,14 +74,15 @@ def _is_published(state_dict: Mapping[str, Tensor]) -> bool:
 
 
 def _from_published(state_dict: Mapping[str, Tensor], config: LongViTConfig) -> dict[str, Tensor]:
-    plain = {
-        _PREFIX.sub("", key): tensor
-        for key, tensor in state_dict.items()
-        if not _PROJECTION_HEAD.match(key)
-    }
+    useful = {key: x for key, x in state_dict.items() if not _PROJECTION_HEAD.match(key)}
+    plain = without_prefix(useful, _PREFIX, family="LongViT")
     if not config.final_norm:
         plain = {key: tensor for key, tensor in plain.items() if not key.startswith("norm.")}
-    return fit_to_images(rename(plain, _key_table(config), family="LongViT"), config)
+    if _HEAD in plain and not config.num_classes:
+        cure = {"cure": head_cure("num_classes", len(plain[_HEAD]))}
+    else:
+        cure = {}
+    return fit_to_images(rename(plain, _key_table(config), family="LongViT", **cure), config)
 
 
 def _to_published(model: LongViT) -> dict[str, Tensor]:

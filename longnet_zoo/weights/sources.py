@@ -5,25 +5,26 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, fields
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants
 from torch import Tensor
 
-from longnet_zoo.registry import ModelEntry, PublishedWeights
+from longnet_zoo.registry import ModelEntry, PublishedWeights, registered_models
 
+from .checkpoint import WEIGHT_SUFFIXES, Checkpoint, read_checkpoint, unwrap
 from .download import DownloadOptions, check_digest, download_url
 from .hub import HUB_PREFIX, HubLocation, cached_sha256, download_hub, parse_hub_location
-from .load import WEIGHT_SUFFIXES, read_state_dict
 
 __all__ = ["FoundWeights", "Pretrained", "find_weights"]
 
 Pretrained = bool | str | os.PathLike[str] | Mapping[str, Tensor]
 
 _HUB_FILES = (constants.SAFETENSORS_SINGLE_FILE, constants.PYTORCH_WEIGHTS_NAME)
+_DOWNLOAD = tuple(option.name for option in fields(DownloadOptions))
 _FORMS = (
     "True, a tag, the path of a weights file or of a folder that save_pretrained wrote, "
     f"'{HUB_PREFIX}owner/name[@revision][/file]', the https:// address of a file, or a state dict"
@@ -38,7 +39,7 @@ class FoundWeights:
         state_dict: Tensors by the names that they were saved with.
         source: What to call them in an error.
         config: Content of the `config.json` beside them; None where there is none.
-        options: Options of the model that they are registered with.
+        options: Options of the model that they are registered with, or that the recipe had.
     """
 
     state_dict: Mapping[str, Tensor]
@@ -49,12 +50,22 @@ class FoundWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class _Files:
-    """Local files that a place stands for, and the digest that the first one must have."""
+    """Local files that a place stands for.
+
+    Attributes:
+        weights: The weights.
+        config: The `config.json` beside them.
+        sha256: The digest that the weights must have.
+        is_download: Whether they were downloaded.
+        is_file: Whether the weights were asked for by the name of their file, so that the config of
+            another library beside them does not count.
+    """
 
     weights: Path
     config: Path | None = None
     sha256: str | None = None
     is_download: bool = False
+    is_file: bool = False
 
 
 def find_weights(
@@ -79,10 +90,16 @@ def find_weights(
         ConnectionError: If they cannot be downloaded.
     """
     if pretrained is False or isinstance(pretrained, Mapping):
-        _refuse(options, "revision", source=f"pretrained={_name(pretrained)}")
+        _refuse(options, *_DOWNLOAD, source=f"pretrained={_name(pretrained)}")
         if pretrained is False:
             return None
-        return FoundWeights(state_dict=pretrained, source="the state dict")
+        source = "the state dict"
+        checkpoint = unwrap(pretrained, source=source)
+        return FoundWeights(
+            state_dict=checkpoint.state_dict,
+            source=source,
+            options=_recipe_options(entry, checkpoint, source),
+        )
     if not isinstance(pretrained, (bool, str, os.PathLike)):
         raise TypeError(f"pretrained must be {_FORMS}, got {_name(pretrained)}.")
     published = _registered(entry, pretrained)
@@ -98,12 +115,28 @@ def find_weights(
     if published is not None or files.is_download:
         registered = None if published is None else published.sha256
         check_digest(files.weights, registered or files.sha256, source=source)
+    checkpoint = read_checkpoint(files.weights)
+    registered_options = {} if published is None else published.options
     return FoundWeights(
-        state_dict=read_state_dict(files.weights),
+        state_dict=checkpoint.state_dict,
         source=source,
-        config=None if files.config is None else _read_config(files.config),
-        options={} if published is None else published.options,
+        config=_config_beside(files),
+        options={**_recipe_options(entry, checkpoint, source), **registered_options},
     )
+
+
+def _recipe_options(entry: ModelEntry, checkpoint: Checkpoint, source: str) -> dict[str, Any]:
+    """All options of the model that a recipe has trained; none for other checkpoints."""
+    if checkpoint.model_name not in {known.name for known in registered_models()}:
+        return {}
+    if checkpoint.model_name != entry.name:
+        raise ValueError(
+            f"{source} must be a checkpoint of the model {entry.name!r}, got one of "
+            f"{checkpoint.model_name!r}. Create that model, or pass the state dict inside and "
+            "the options that go with it."
+        )
+    defaults = {field.name: getattr(entry.config, field.name) for field in fields(entry.config)}
+    return {**defaults, **checkpoint.model_options}
 
 
 def _registered(
@@ -123,15 +156,19 @@ def _locate(location: str, options: DownloadOptions) -> _Files | None:
     """Finds, and downloads if need be, what a location names; None if it names nothing."""
     if location.startswith(HUB_PREFIX):
         return _locate_in_hub(parse_hub_location(location, options.revision), options)
-    _refuse(options, "revision", source=repr(location))
     if location.startswith(("https://", "http://")):
-        _refuse(options, "token", source=repr(location))
+        _refuse(options, "revision", "token", source=repr(location))
         _check_suffix(urlsplit(location).path)
         return _Files(weights=download_url(location, options), is_download=True)
     path = Path(location).expanduser()
+    _refuse(options, *_DOWNLOAD, source=repr(location))
     if not location or not path.exists():
         return None
-    return _locate_in_folder(path) if path.is_dir() else _Files(weights=path)
+    if path.is_dir():
+        return _locate_in_folder(path)
+    config = path.with_name(constants.CONFIG_NAME)
+    is_saved = path.name == constants.SAFETENSORS_SINGLE_FILE and config.is_file()
+    return _Files(weights=path, config=config if is_saved else None, is_file=True)
 
 
 def _locate_in_hub(location: HubLocation, options: DownloadOptions) -> _Files:
@@ -142,10 +179,20 @@ def _locate_in_hub(location: HubLocation, options: DownloadOptions) -> _Files:
     else:
         names = (location.filename,)
         _check_suffix(location.filename)
+        place = PurePosixPath(location.filename)
+        if place.name == constants.SAFETENSORS_SINGLE_FILE:
+            beside = str(place.with_name(constants.CONFIG_NAME))
+            config = download_hub(location, beside, options)
     for name in names:
         path = download_hub(location, name, options)
         if path is not None:
-            return _Files(weights=path, config=config, sha256=cached_sha256(path), is_download=True)
+            return _Files(
+                weights=path,
+                config=config,
+                sha256=cached_sha256(path),
+                is_download=True,
+                is_file=location.filename is not None,
+            )
     raise FileNotFoundError(
         f"{location} has no {' and no '.join(names)}. Name the file that it has: "
         f"'{location}/FILE'; {constants.ENDPOINT}/{location.repo_id}/tree/"
@@ -172,6 +219,14 @@ def _locate_in_folder(folder: Path) -> _Files:
     return _Files(weights=found[0], config=config if config.is_file() else None)
 
 
+def _config_beside(files: _Files) -> Mapping[str, Any] | None:
+    if files.config is None:
+        return None
+    content = _read_config(files.config)
+    is_ours = isinstance(content.get("model"), str)
+    return content if is_ours or not files.is_file else None
+
+
 def _read_config(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -187,14 +242,17 @@ def _check_suffix(name: str) -> None:
         raise ValueError(f"weights must be a file ending in {WEIGHT_SUFFIXES}, got {name!r}.")
 
 
-def _refuse(options: DownloadOptions, name: str, *, source: str) -> None:
-    value = getattr(options, name)
-    if value is not None:
-        shown = "..." if name == "token" else repr(value)  # a secret stays out of logs
-        raise ValueError(
-            f"{name} is for weights on the Hub ('{HUB_PREFIX}owner/name'), got {name}={shown} with "
-            f"{source}. Leave it out."
-        )
+def _refuse(options: DownloadOptions, *names: str, source: str) -> None:
+    """Refuses options of a download where they are without use."""
+    for name in names:
+        value = getattr(options, name)
+        if value != getattr(DownloadOptions(), name):
+            shown = "..." if name == "token" else repr(value)  # a secret stays out of logs
+            raise ValueError(
+                f"{name} is for weights on the Hub ('{HUB_PREFIX}owner/name')"
+                f"{'' if name in ('revision', 'token') else ' or at an https:// address'}, got "
+                f"{name}={shown} with {source}. Leave it out."
+            )
 
 
 def _name(value: object) -> str:

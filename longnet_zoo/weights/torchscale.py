@@ -204,7 +204,8 @@ def _check_zetas(buffers: Mapping[str, Tensor], config: TextConfig) -> None:
             )
         error = (buffer.to(zeta) - zeta).abs().max().item()
         # Half types hold the same constants, rounded.
-        if error > max(_ZETA_TOLERANCE, torch.finfo(buffer.dtype).eps):
+        rounding = torch.finfo(buffer.dtype).eps if buffer.is_floating_point() else 0.0
+        if error > max(_ZETA_TOLERANCE, rounding):
             raise ValueError(
                 f"{key} must hold xPos's constants (2c / head_dim + 0.4) / 1.4, got values off by "
                 f"up to {error:.3g}: {buffer.tolist()}."

@@ -245,9 +245,12 @@ def test_compiles_with_a_route_per_token():
 
 def test_bad_routes_are_refused():
     linear, x = make_linear(), torch.randn(2, 5, 6)
-    for lengths in [(), (3, -1)]:
+    with pytest.raises(TypeError, match=r"integers, one per modality, got \(2\.5, 2\.5\)"):
+        Route.split(2.5, 2.5)
+    for lengths in [(), (3, -1), (0, 0)]:
         with pytest.raises(
-            ValueError, match=f"0 or more, one per modality, got {re.escape(str(lengths))}"
+            ValueError,
+            match=f"one of them above 0, got {re.escape(str(lengths))}",
         ):
             Route.split(*lengths)
     with pytest.raises(ValueError, match=r"add up to seq_len=5, got \(3, 3\)"):

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,8 +70,17 @@ def test_options_can_be_changed_while_loading(model, tmp_path):
     assert loaded.config == replace(CONFIG, dropout=0.0, segment_lengths=(8, 16))
     config = replace(CONFIG, dropout=0.25)
     assert LongNetLM.from_pretrained(tmp_path, config=config).config == config
-    with pytest.raises(TypeError, match="dropot"):
-        LongNetLM.from_pretrained(tmp_path, dropot=0.1)
+    with pytest.raises(TypeError, match=r"has no options dropot, strict\. .*are embed_dim, "):
+        LongNetLM.from_pretrained(tmp_path, dropot=0.1, strict=True)
+    message = r"changes \{'num_layers': 3\}; leave .*Missing key.*stack\.blocks\.2"
+    with pytest.raises(ValueError, match=message):
+        LongNetLM.from_pretrained(tmp_path, num_layers=3)
+
+
+@pytest.mark.parametrize("place", ["/no/such", Path("/no/such")])
+def test_folder_that_does_not_exist_is_refused(place):
+    with pytest.raises(FileNotFoundError, match=r"'owner/name' of the Hub, got '/no/such', which"):
+        LongNetLM.from_pretrained(place)
 
 
 def test_config_of_another_model_is_refused(model, tmp_path):
@@ -91,7 +101,8 @@ def test_loading_is_strict(model, tmp_path):
     weights = load_file(path)
     weights["stack.norm.gain"] = weights.pop("stack.norm.weight")
     save_file(weights, path)
-    with pytest.raises(RuntimeError, match=r"Missing key[^?]*Unexpected key") as caught:
+    message = r"does not fit its config\. .*Missing key[^?]*Unexpected key"
+    with pytest.raises(ValueError, match=message) as caught:
         LongNetLM.from_pretrained(tmp_path)
     assert "stack.norm.weight" in str(caught.value)
     assert "stack.norm.gain" in str(caught.value)

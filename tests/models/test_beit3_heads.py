@@ -229,3 +229,41 @@ def test_missing_heads_are_named(call, name):
     image, tokens, _ = draw()
     with pytest.raises(ValueError, match=rf"'{name}', got a model with heads=\(\).*\('{name}',\)"):
         call(make(), image, tokens)
+
+
+def test_the_first_token_of_a_text_is_real_where_it_is_pooled():
+    model, (image, tokens, _) = make(**ALL_HEADS), draw()
+    left = torch.zeros(3, TEXT_LEN, dtype=torch.bool)
+    left[1:, :2] = True
+    for call in (model.encode_text, lambda x, **y: model(None, x, **y)):
+        with pytest.raises(ValueError, match=r"got True for texts \[1, 2\]. Pad on the right"):
+            call(tokens, text_padding_mask=left)
+    assert model(image, tokens, text_padding_mask=left).isfinite().all()
+    with pytest.raises(ValueError, match="got 3 images and 2 texts"):
+        model.contrastive_loss(image, tokens[:2])
+
+
+def test_masks_that_do_not_fit_are_refused():
+    model, (image, tokens, mask) = make(**ALL_HEADS), draw()
+    features, text = model.forward_features(image, tokens), tokens > 0
+    for call, good in ((model.masked_image_logits, mask), (model.masked_text_logits, text)):
+        with pytest.raises(TypeError, match=r"mask must be bool, got torch\.int64"):
+            call(features, good.long())
+        with pytest.raises(ValueError, match=r"mask must be \(3, .* got \(2, "):
+            call(features, good[:2])
+    with pytest.raises(ValueError, match=r"text_len=9 tokens, .* got 17 tokens"):
+        model.masked_text_logits(model.forward_features(image), text)
+
+
+def test_padding_has_no_masked_loss():
+    model, tokens = make(**ALL_HEADS), draw()[1]
+    padding = torch.arange(TEXT_LEN).expand(3, -1) >= 6
+    loss, expected = (
+        model.masked_loss(tokens=tokens, text_labels=labels, text_padding_mask=padding)
+        for labels in (tokens, tokens.masked_fill(padding, -100))
+    )
+    assert torch.equal(loss, expected)
+
+
+def test_heads_may_be_a_list():
+    assert make(heads=["retrieval"]).config.heads == ("retrieval",)

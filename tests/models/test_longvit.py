@@ -132,6 +132,7 @@ def test_padded_images_equal_the_images_one_by_one():
     features = model.forward_tokens(padded, key_padding_mask=mask)
     logits = model.forward_head(features, key_padding_mask=mask)
     alone = torch.cat([model(image) for image in images])
+    # Equal but for the rounding of float32: 1e-5 where features are about 3 in size.
     torch.testing.assert_close(logits, alone, atol=1e-6, rtol=1e-5)
     for row, image in enumerate(images):
         expected = model.forward_features(image)[0]
@@ -284,3 +285,36 @@ def test_pruning_can_remove_the_norm_or_keep_the_head():
 def test_bad_options_are_refused(options, error, match):
     with pytest.raises(error, match=match):
         replace(LongViTConfig(**SMALL), **options)
+
+
+@pytest.mark.parametrize("content", [torch.nan, torch.inf, 1e30])
+def test_content_of_padding_changes_neither_result_nor_gradients(content):
+    model, mask = make(), torch.arange(35) >= torch.tensor([[35], [9]])
+    tokens = model.embed(draw()).detach()
+    results = []
+    for value in (0.0, content):
+        model.zero_grad()
+        filled = tokens.masked_fill(mask[..., None], value)
+        features = model.forward_tokens(filled, key_padding_mask=mask)
+        out = model.forward_head(features, key_padding_mask=mask)
+        out.sum().backward()
+        results.append([out, *(x.grad for x in model.stack.parameters())])
+    torch.testing.assert_close(*results, atol=0, rtol=0)
+    with pytest.raises(ValueError, match=r"key_padding_mask must be \(2, 35\), got \(1, 35\)"):
+        model.forward_tokens(tokens, key_padding_mask=mask[:1])
+
+
+def test_changed_models_keep_mode_frozen_patches_and_description():
+    model = make().eval()
+    model.patch_embed.requires_grad_(False)
+    model.set_input_size(img_size=36, patch_size=6)
+    model.reset_classifier(2)
+    assert not model.head.training
+    assert not any(x.requires_grad for x in model.patch_embed.parameters())
+    assert model.pretrained_cfg["num_classes"] == model.default_cfg["num_classes"] == 2
+    assert model.pretrained_cfg["input_size"] == (3, 36, 36)
+
+
+def test_images_of_another_floating_dtype_are_converted():
+    model, images = make(), draw().half()
+    assert torch.equal(model(images), model(images.float()))

@@ -120,3 +120,9 @@ def test_bad_input_size_changes_nothing():
     with pytest.raises(ValueError, match="patch_size=5, got"):
         model.set_input_size(patch_size=5)
     assert torch.equal(model(images), expected)
+
+
+@pytest.mark.parametrize("n", [[1.5], True, 1.0])
+def test_blocks_that_are_no_integers_are_refused(n):
+    with pytest.raises(TypeError, match=r"indices must be a sequence of integers, got .*(1|True)"):
+        make().get_intermediate_layers(draw(), n=n)

@@ -124,6 +124,12 @@ def test_slide_is_read_by_level(level):
     assert torch.equal(found, model.embed_pixels(expected[:28, :20]))
 
 
+@pytest.mark.parametrize("key", [(0, 0), 3, (slice(0, 8, 2), slice(0, 4))], ids=str)
+def test_slides_are_read_by_two_slices(key):
+    with pytest.raises(TypeError, match=r"pixels\[top:bottom, left:right\], got"):
+        SlidePixels(Slide(random_pixels()))[key]
+
+
 def test_slide_without_the_level_is_refused():
     slide = Slide(random_pixels())
     for level in (3, -1):
@@ -143,6 +149,12 @@ def test_slide_without_the_level_is_refused():
         ({"size": (0, 20)}, ValueError, r"got \(0, 20\)"),
         ({"mean": (0.5,)}, ValueError, r"mean .* in_chans=3, got \(0.5,\)"),
         ({"std": (0.5, 0.5)}, ValueError, r"std .* in_chans=3, got \(0.5, 0.5\)"),
+        ({"mean": 0.5}, ValueError, "mean .* in_chans=3, got 0.5"),
+        ({"mean": "abc"}, TypeError, "mean must be a sequence of numbers, got 'abc'"),
+        ({"std": (0.5, 0, 1)}, ValueError, r"std must be above 0, got \(0.5, 0, 1\)"),
+        ({"size": 64}, TypeError, "size must be two integers, .* got 64"),
+        ({"size": (28, 20, 3)}, TypeError, r"got \(28, 20, 3\)"),
+        ({"pixels": random_pixels().astype(np.float32)}, ValueError, r"\[0, 1\], .* to 255"),
         ({"strip_patches": 0}, ValueError, "strip_patches .* got 0"),
         ({"strip_patches": 1.5}, ValueError, "strip_patches .* got 1.5"),
     ],

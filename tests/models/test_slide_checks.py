@@ -77,7 +77,8 @@ def test_coordinates_of_slides_pass(coords):
         (
             grid(6, 7, 1),  # cells rather than pixels
             "(0, 0) and 1 at (0, 1) of slide 0 in one cell (41 such pairs). Multiply coordinates "
-            "of another level by its downsampling, or pass tile_size=1, if that is meant",
+            "of another level by its downsampling, or pass the right tile_size; check_"
+            "coords=False lets tiles overlap",
         ),
         (
             torch.full((1, 2, 2), 7),
@@ -99,8 +100,11 @@ def test_coordinates_that_are_no_pixels_of_tiles_are_refused(coords, message):
 
 def test_suggested_tile_sizes_pass():
     check(grid(6, 7, 64), tile_size=64)
-    check(grid(6, 7, 1), tile_size=1)
     check(grid(6, 7, 512) + 100, tile_size=512)
+    # Two pieces of tissue with origins of their own: tiles overlap, 4 pixels are no tile.
+    pieces = torch.cat([grid(6, 7), grid(6, 7) + torch.tensor([100, 44])], dim=1)
+    with pytest.raises(ValueError, match="the right tile_size; check_coords=False lets"):
+        check(pieces)
     # A spacing that would put tiles beyond the grid is not suggested.
     coords = torch.cat([grid(6, 7, 2), torch.tensor([[[200_000, 0]]])], dim=1)
     with pytest.raises(ValueError, match="pass the right tile_size"):

@@ -106,7 +106,7 @@ def test_given_weights_are_compared_with_as_they_were(files, tmp_path, freeze_en
     weights.save_pretrained(tmp_path / "weights")
     task = make_task(
         pretrained=str(tmp_path / "weights"),
-        model_options=None,
+        model_options=tiny_encoder(),
         baselines={},
         freeze_encoder=freeze_encoder,
     )

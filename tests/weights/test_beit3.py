@@ -151,10 +151,29 @@ def test_what_the_weights_do_not_have_is_not_made_up():
     ):
         load(published, make_config())
     published = CONVERTER.to_published(make(num_classes=5, global_pool="avg"))
-    with pytest.raises(ValueError, match=r"missing .*classifier\.pooler\.weight"):
+    with pytest.raises(ValueError, match=r"4 keys without .*: fc_norm\.bias, .*head\.weight"):
         load(published, make_config(num_classes=5))
+    without_head = CONVERTER.to_published(make())
+    with pytest.raises(ValueError, match=r"missing .*classifier\.pooler\.weight"):
+        load(without_head, make_config(num_classes=5))
     with pytest.raises(ValueError, match=r"classifier.head.weight: \(5, 24\) instead of \(7, 24\)"):
         load(published, make_config(num_classes=7, global_pool="avg"))
+
+
+@pytest.mark.parametrize("key", ["head.weird", "pooler.weird", "mim_head.weird", "vision_head.x"])
+def test_unknown_keys_of_a_head_that_the_model_has_are_refused(key):
+    published = {**CONVERTER.to_published(make(**ALL_HEADS)), key: torch.zeros(1)}
+    with pytest.raises(ValueError, match=f"1 keys without .*: {key}"):
+        load(published, make_config(**ALL_HEADS))
+    load(published, make_config())
+
+
+def test_weights_of_two_models_are_refused():
+    published = CONVERTER.to_published(make())
+    published["vision_embed.cls_token"] = torch.zeros(1, 1, 24)
+    message = r"one model, got both 'beit3\.vision_embed\.cls_token' and 'vision_embed\.cls_token'"
+    with pytest.raises(ValueError, match=message):
+        load(published, make_config())
 
 
 def test_unknown_keys_are_all_listed():

@@ -140,6 +140,8 @@ def test_other_positions_are_refused():
         CONVERTER.from_published({**weights, "pos_embed": flipped}, config)
     with pytest.raises(ValueError, match=r"off by up to 0\.5"):
         CONVERTER.from_published({**weights, "pos_embed": shifted}, config)
+    with pytest.raises(ValueError, match=r"off by up to (1|0\.9)"):
+        CONVERTER.from_published({**weights, "pos_embed": table(config).int()}, config)
     with pytest.raises(ValueError, match="off by up to nan"):
         CONVERTER.from_published({**weights, "pos_embed": flipped * torch.nan}, config)
     with pytest.raises(ValueError, match=r"= \(1, 257, 32\), got \(1, 256, 32\)"):

@@ -28,6 +28,8 @@ SMALL = {
     "segment_lengths": (7, 16),
     "dilation_rates": (1, 3),
 }
+# What tells this model from the one of the name that it is loaded under.
+SIZES = {"embed_dim": 24, "num_layers": 1}
 # Reads one call a line and answers with the model's sum of weights and config, or the error.
 WORKER = """
 import dataclasses, json, logging, sys
@@ -142,11 +144,14 @@ def world(tmp_path_factory):
 
 def test_repository_brings_its_config_and_the_user_wins(world):
     _, call, _ = world
-    answer = call("hf_hub:ours/saved", dropout=0.5)
+    answer = call("hf_hub:ours/saved", dropout=0.5, **SIZES)
     assert answer["sum"] == sum_of(NEW)
     assert answer["config"]["embed_dim"] == 24
     assert answer["config"]["dropout"] == 0.5
     assert answer["log"] == []  # the Hub states a digest, and it was compared
+    # As the file beside the config does.
+    answer = call("hf_hub:ours/saved/model.safetensors", **SIZES)
+    assert answer["config"]["vocab_size"] == 61
 
 
 def test_file_is_downloaded_once(world):
@@ -278,12 +283,12 @@ def test_cached_weights_need_no_network(how, world):
     server, call, cache = world
     places = ["hf_hub:ours/saved", "hf_hub:ours/files/sub/w.safetensors", "hf_hub:ours/bin"]
     for place in places:
-        call(place, **({} if "saved" in place else SMALL))
+        call(place, **(SIZES if "saved" in place else SMALL))
     server.requests.clear()
     environment = {"HF_HUB_OFFLINE": "1"} if how == "offline" else {}
     url = server.url if how == "offline" else "http://127.0.0.1:9"  # nobody listens there
     with client(url, cache, **environment) as call_again:
-        assert call_again(places[0])["sum"] == sum_of(NEW)
+        assert call_again(places[0], **SIZES)["sum"] == sum_of(NEW)
         assert call_again(places[1], **SMALL)["sum"] == sum_of(NEW)
         if how == "offline":
             # The Hub had said that this one has neither config.json nor model.safetensors.

@@ -36,6 +36,7 @@ def test_checkpoint_may_carry_its_arguments(tmp_path):
         lambda x, y: {"model": x, "optimizer": {"state": y}},
         lambda x, y: {"student": y, "teacher": x, "epoch": 3},
         lambda x, y: {"module": x},
+        lambda x, y: {"state_dict": {}, "model": x},
         lambda x, y: {"model": {"state_dict": x}},
         lambda x, y: {f"module.{key}": value for key, value in x.items()},
         lambda x, y: {"teacher": {f"module.{key}": value for key, value in x.items()}},
@@ -84,6 +85,8 @@ class Unwelcome:
         ({"student": {"weight": torch.zeros(2)}, "epoch": 3}, r"entries \['student', 'epoch'\]"),
         ({"model": {}}, "it is empty"),
         ({}, "it is empty"),
+        ({5: torch.zeros(2)}, r"the entries \[5\] are not"),
+        ({"w": torch.zeros(2, device="meta")}, r"tensors with data, .* the entries \['w'\] are"),
     ],
 )
 def test_file_without_plain_weights_is_refused(content, message, tmp_path):
@@ -123,8 +126,33 @@ def test_strict_loading_copies_every_tensor():
 
 
 def test_state_dict_of_something_else_is_refused():
-    with pytest.raises(ValueError, match=r"my dict must map names to tensors, .* at bias, epoch"):
-        load_state_dict(nn.Linear(3, 2), state() | {"bias": 1.0, "epoch": 3}, source="my dict")
+    message = r"my dict must map names to tensors with data, .* at 5, bias, epoch, weight\."
+    wrong = {5: torch.zeros(1), "weight": torch.zeros(2, 3, device="meta"), "bias": 1.0, "epoch": 3}
+    with pytest.raises(ValueError, match=message):
+        load_state_dict(nn.Linear(3, 2), wrong, source="my dict")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.bool])
+def test_tensors_that_would_be_cut_to_fit_are_refused(dtype):
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=rf"floating-point .*got weight: {dtype}\. Dequantize"):
+        load_state_dict(model, state() | {"weight": torch.ones(2, 3).to(dtype)})
+    load_state_dict(model, {key: x.half() for key, x in state().items()})
+
+
+def test_image_of_another_size_names_the_way_to_it():
+    name, options = "longvit_tiny_patch8_64", {"num_layers": 1}
+    state_dict = create_model(name, **options).state_dict()
+    model = create_model(name, img_size=96, **options)
+    with pytest.raises(ValueError, match=r"img_size of the weights, then call set_input_size"):
+        load_state_dict(model, state_dict)
+    # The way that the message names.
+    model = create_model(name, **options)
+    load_state_dict(model, state_dict)
+    model.set_input_size(96)
+    with pytest.raises(ValueError, match="2 missing") as caught:
+        load_state_dict(model, {k: x for k, x in state_dict.items() if "patch_embed" not in k})
+    assert "1 of another shape (pos_embed: " in str(caught.value)
 
 
 @pytest.mark.parametrize(

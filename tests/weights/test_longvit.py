@@ -172,9 +172,17 @@ def test_what_cannot_be_fitted_is_left_to_the_strict_load():
         load_state_dict(LongViT(SMALL), found)
 
 
+def test_weights_of_two_models_are_refused():
+    one = CONVERTER.to_published(make())
+    both = {f"{prefix}.{key}": x for prefix in ("model", "backbone") for key, x in one.items()}
+    with pytest.raises(ValueError, match=r"got both 'model\.pos_embed' and 'backbone\.pos_embed'"):
+        CONVERTER.from_published(both, SMALL)
+
+
 def test_unknown_keys_are_refused():
     published = CONVERTER.to_published(make(num_classes=3))
-    with pytest.raises(ValueError, match=r"LongViT .* 4 keys .*fc_norm.bias, .*, head.weight"):
+    message = r"LongViT .* 4 keys .*fc_norm.bias, .*, head.weight.*num_classes=3 as in .* reset_cl"
+    with pytest.raises(ValueError, match=message):
         CONVERTER.from_published(published, SMALL)
     with pytest.raises(ValueError, match=r"1 keys .*cls_token"):
         CONVERTER.from_published({"cls_token": torch.zeros(1)}, SMALL)

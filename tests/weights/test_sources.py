@@ -36,13 +36,19 @@ def file(tmp_path):
 
 
 def test_nothing_is_looked_for_without_pretrained():
-    assert find(False, cache_dir="/nowhere", local_files_only=True) is None
+    assert find(False) is None
 
 
 def test_state_dict_is_taken_as_it_is():
     found = find(STATE)
-    assert found.state_dict is STATE
+    assert found.state_dict == STATE
+    assert found.state_dict["weight"] is STATE["weight"]
     assert (found.source, found.config, found.options) == ("the state dict", None, {})
+
+
+def test_state_dict_is_unwrapped_like_a_file():
+    wrapped = {"model": {f"module.{key}": x for key, x in STATE.items()}, "epoch": 3}
+    assert find(wrapped).state_dict.keys() == STATE.keys()
 
 
 @pytest.mark.parametrize("as_type", [str, Path])
@@ -100,6 +106,17 @@ def test_folder_without_one_weights_file_is_refused(names, error, message, tmp_p
         (tmp_path / name).touch()
     with pytest.raises(error, match=message):
         find(tmp_path)
+
+
+def test_saved_file_takes_the_config_beside_it(file):
+    config = file.with_name("config.json")
+    config.write_text(json.dumps({"model": "X"}))
+    assert find(file).config is None  # another file than save_pretrained writes
+    saved = file.rename(file.with_name("model.safetensors"))
+    assert find(saved).config == {"model": "X"}
+    config.write_text(json.dumps({"architectures": ["X"]}))
+    assert find(saved).config is None
+    assert find(saved.parent).config == {"architectures": ["X"]}
 
 
 @pytest.mark.parametrize(
@@ -170,6 +187,10 @@ def test_address_is_downloaded_and_checked(file, tmp_path, caplog, monkeypatch):
     [
         (False, {"revision": "v1"}, "got revision='v1' with pretrained=False"),
         (STATE, {"revision": "v1"}, "got revision='v1' with pretrained=dict"),
+        (STATE, {"token": "secret"}, r"got token=\.\.\. with pretrained=dict"),
+        (False, {"token": False}, r"got token=\.\.\. with pretrained=False"),
+        (False, {"cache_dir": "c"}, "or at an https:// .*got cache_dir='c' with pretrained=False"),
+        ("w.pth", {"local_files_only": True}, r"got local_files_only=True with 'w\.pth'"),
         ("w.pth", {"revision": "v1"}, r"got revision='v1' with 'w\.pth'"),
         ("https://x/w.pth", {"revision": "v1"}, "got revision='v1' with 'https://x/w.pth'"),
         ("https://x/w.pth", {"token": "secret"}, r"got token=\.\.\. with 'https://x/w.pth'"),

@@ -172,6 +172,10 @@ def test_positions_that_no_key_would_miss_are_refused(position):
 def test_other_constants_of_xpos_are_refused():
     config, weights, _ = read("longnet_decoder_xpos")
     key = "layers.1.self_attn.xpos.scale"
+    with pytest.raises(ValueError, match=rf"{key} must hold xPos's constants .*off by up to 0\.\d"):
+        convert_torchscale_state_dict(
+            {**weights, key: weights[key].int()}, config_from_torchscale(config)
+        )
     with pytest.raises(ValueError, match=rf"{key} must hold xPos's constants .*off by up to 0.01"):
         model_from_torchscale({**weights, key: weights[key] + 0.01}, config)
     with pytest.raises(ValueError, match=rf"{key} must hold one number .*\(4,\) .*got \(8,\)"):
