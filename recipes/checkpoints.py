@@ -1,5 +1,6 @@
 """Looks into a checkpoint before a run starts, so that a bad one is one clear error."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_state_dict", "last_checkpoint", "read_checkpoint"]
+from longnet_zoo.registry import find_model, registered_models
+
+__all__ = ["check_settings", "check_state_dict", "last_checkpoint", "read_checkpoint"]
 
 _LISTED = 8
+
+# Options of a model that change neither its weights nor what it computes in an evaluation.
+_FREE_OPTIONS = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "head_dropout",
+    "drop_path",
+    "backend",
+)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -49,6 +62,40 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def check_settings(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Compares the model of a configuration with that of a checkpoint.
+
+    The shapes of the weights say little: attention patterns, pooling and the layers that a head
+    reads change what is computed, and no shape.
+
+    Args:
+        settings: `model_name`, `model_options` and, where the task has them, `num_classes` and
+            `layers`.
+        saved: The hyperparameters of the checkpoint.
+
+    Raises:
+        ValueError: They differ; the message lists each setting with both values.
+    """
+    if saved.get("model_name") is None:
+        return
+    if settings["model_name"] == saved["model_name"]:
+        mine, theirs = _flat_settings(settings), _flat_settings(saved)
+    else:
+        # The options of two models cannot be compared.
+        mine, theirs = settings, {"model_name": saved["model_name"]}
+    differing = [key for key in theirs if key in mine and mine[key] != theirs[key]]
+    if differing:
+        got, trained = (
+            ", ".join(f"{key}={_shown(values[key])}" for key in differing)
+            for values in (mine, theirs)
+        )
+        raise ValueError(
+            f"a checkpoint goes on as the model that was trained, got {got} and a checkpoint of "
+            f"{trained}. Set model.{differing[0]} to {_shown(theirs[differing[0]])}"
+            f"{' and so on' if len(differing) > 1 else ''}, or use another checkpoint."
+        )
+
+
 def check_state_dict(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
     """Compares the names and shapes of a checkpoint's weights with those of the model.
 
@@ -83,6 +130,32 @@ def last_checkpoint(run_dir: str | Path) -> Path | None:
     """Returns the newest `checkpoints/last*.ckpt` of a run, or None if there is none."""
     found = Path(run_dir, "checkpoints").glob("last*.ckpt")
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what makes a model the one it is, with the options that nobody gave."""
+    name = settings["model_name"]
+    options = dict(settings.get("model_options") or {})
+    if name in {entry.name for entry in registered_models()}:
+        default = find_model(name).config
+        # Unknown options are refused by the model. The config writes the others in one way.
+        known = {field.name for field in dataclasses.fields(default)} & options.keys()
+        config = dataclasses.replace(default, **{key: options[key] for key in known})
+        options = dataclasses.asdict(config)
+    # The recipes keep the number of classes by themselves.
+    for key in (*_FREE_OPTIONS, "num_classes"):
+        options.pop(key, None)
+    flat = {
+        key: settings[key] for key in ("model_name", "num_classes", "layers") if key in settings
+    }
+    return flat | {f"model_options.{key}": value for key, value in options.items()}
+
+
+def _shown(value: Any) -> str:
+    """Returns a value as one writes it on the command line."""
+    if value is None:
+        return "null"
+    return repr(list(value) if isinstance(value, tuple) else value)
 
 
 def _listed(keys: Any) -> str:

@@ -4,24 +4,33 @@ Shapes: b batch, c classes.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-import longnet_zoo as lz
-from longnet_zoo.registry import find_model
 from recipes.callbacks import ExactResumption, Throughput
-from recipes.checkpoints import check_state_dict
-from recipes.classification_metrics import UNLABELLED, ClassificationMetrics
+from recipes.checkpoints import check_settings, check_state_dict
+from recipes.classification_metrics import (
+    UNLABELLED,
+    ClassificationMetrics,
+    class_scores,
+    log_skipped,
+)
 from recipes.figures import confusion_figure, log_figure, pattern_figure
 from recipes.optimization import OptimizationConfig
+from recipes.run_folder import update_record
 
-__all__ = ["UNLABELLED", "ClassificationTask", "changed_options", "create_classifier"]
+__all__ = [
+    "UNLABELLED",
+    "ClassificationTask",
+    "limited",
+]
 
 Split = Literal["val", "test"]
 
@@ -61,7 +70,8 @@ class ClassificationTask(L.LightningModule):
         self.optimization = OptimizationConfig.of(optimization)
         self.warmup_epochs = warmup_epochs
         self._check()
-        weights = None if class_weights in (None, "balanced") else torch.tensor(class_weights)
+        is_given = class_weights not in (None, "balanced")
+        weights = torch.tensor(class_weights, dtype=torch.float32) if is_given else None
         self.register_buffer("loss_weights", weights, persistent=False)
         self.metrics = ClassificationMetrics(num_classes)
         # Confusion matrix and figures of the last evaluation of each split, for reports.
@@ -148,6 +158,7 @@ class ClassificationTask(L.LightningModule):
         """Returns the loss of a batch."""
         loss = self.training_loss(batch)
         self._losses.append(loss.detach())
+        log_skipped(self, "train", batch)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -168,11 +179,15 @@ class ClassificationTask(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Adds a batch."""
-        self.metrics.update(self.logits(batch), self.labels(batch))
+        self._add("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Adds a batch."""
+        self._add("test", batch)
+
+    def _add(self, split: str, batch: Any) -> None:
         self.metrics.update(self.logits(batch), self.labels(batch))
+        log_skipped(self, split, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Logs `val_loss`, `val_accuracy`, `val_balanced_accuracy`, `val_auroc` and pictures."""
@@ -216,8 +231,11 @@ class ClassificationTask(L.LightningModule):
         """Refuses the weights of another model, and to resume with another optimizer.
 
         Raises:
-            ValueError: Names or shapes differ, which the message lists, or the optimizer does.
+            ValueError: The model or the optimizer differs; the message says in what.
         """
+        # From Python, `load_from_checkpoint` takes other options on purpose.
+        if self._trainer is not None:
+            check_settings(self.hparams, checkpoint.get("hyper_parameters", {}))
         # Sharded checkpoints are read piece by piece later.
         if "state_dict" in checkpoint:
             check_state_dict(self.state_dict(), checkpoint["state_dict"])
@@ -252,6 +270,10 @@ class ClassificationTask(L.LightningModule):
                 f"class_weights needs a number for each class, got {list(weights)} and "
                 f"num_classes={self.num_classes}."
             )
+        if weights not in (None, "balanced") and not all(
+            0 < weight < math.inf for weight in weights
+        ):
+            raise ValueError(f"class_weights must be finite and above 0, got {list(weights)}.")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}.")
         if self.warmup_epochs < 0 or (self.warmup_epochs and self.optimization.warmup_steps):
@@ -267,10 +289,8 @@ class ClassificationTask(L.LightningModule):
         Not by `trainer.estimated_stepping_batches`: it sets the loader up before its position is
         restored from a checkpoint.
         """
-        batches = len(self.trainer.datamodule.train_dataloader())
-        limit = self.trainer.limit_train_batches
-        # As Lightning reads it: an int is a number of batches, a float a share of them.
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        loader = self.trainer.datamodule.train_dataloader()
+        batches = _num_batches(loader, self.trainer.limit_train_batches)
         return math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     def _log_held_out(self, split: Split) -> None:
@@ -282,6 +302,9 @@ class ClassificationTask(L.LightningModule):
             self.log(f"{split}_{name}", value, sync_dist=True)
         if not self.trainer.is_global_zero:
             return
+        # A fit ends with a report, if it has one.
+        if self.trainer.state.fn != "fit" and not self.trainer.fast_dev_run:
+            self._record(split)
         title = {"val": "Validation", "test": "Test"}[split]
         figure = confusion_figure(counts, self.shown_class_names, title=title)
         log_figure(self.trainer, f"{split}_confusion", figure)
@@ -289,47 +312,25 @@ class ClassificationTask(L.LightningModule):
             self._has_logged_pattern = True
             log_figure(self.trainer, "pattern", pattern_figure(self.model.config))
 
-
-def create_classifier(
-    name: str, *, num_classes: int, pretrained: Any = False, options: dict[str, Any] | None = None
-) -> nn.Module:
-    """Makes a model of the registry with a head for these classes.
-
-    Args:
-        name: Name in the registry.
-        num_classes: Number of classes.
-        pretrained: As in `longnet_zoo.create_model`. The weights are expected without a head;
-            where they have one, `options["num_classes"]` says of how many classes. A head of
-            another size is replaced by a new one.
-        options: Options of `longnet_zoo.create_model`.
-
-    Returns:
-        The model.
-    """
-    head = num_classes if pretrained is False else 0
-    model = lz.create_model(name, pretrained=pretrained, **{"num_classes": head, **(options or {})})
-    if model.num_classes != num_classes:
-        model.reset_classifier(num_classes)
-    return model
+    def _record(self, split: Split) -> None:
+        """Writes what a split came to into the run folder."""
+        entries = {
+            "metrics": {f"{split}_{name}": value for name, value in self.figures[split].items()},
+            f"{split}_classes": class_scores(self.confusions[split], self.shown_class_names),
+            f"{split}_confusion": self.confusions[split].tolist(),
+        }
+        update_record(self.trainer.default_root_dir, **entries)
 
 
-def changed_options(model: nn.Module, name: str) -> dict[str, Any]:
-    """Returns the options that make a model again, without its pretrained weights.
-
-    Those may have brought options of their own, so what the user gave is not enough.
+def limited(loader: Any, limit: int | float) -> Iterator[Any]:
+    """Returns the batches of a loader that an evaluation is limited to.
 
     Args:
-        model: The model.
-        name: Its name in the registry.
-
-    Returns:
-        The fields of its config that differ from the registered one; the number of classes, which
-        recipes keep by themselves, is left out.
+        loader: The loader.
+        limit: As `Trainer.limit_test_batches`: an int is a number of batches, a float a share.
     """
-    default = dataclasses.asdict(find_model(name).config)
-    options = dataclasses.asdict(model.config)
-    return {
-        key: value
-        for key, value in options.items()
-        if key != "num_classes" and value != default[key]
-    }
+    return itertools.islice(loader, _num_batches(loader, limit))
+
+
+def _num_batches(loader: Any, limit: int | float) -> int:
+    return min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)

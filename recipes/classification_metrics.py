@@ -1,13 +1,16 @@
 """What a classifier is judged by, over a whole evaluation and all processes."""
 
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
+import lightning as L
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAUROC, MulticlassConfusionMatrix
 
-__all__ = ["UNLABELLED", "ClassificationMetrics", "confusion_scores"]
+__all__ = ["UNLABELLED", "ClassificationMetrics", "class_scores", "confusion_scores", "log_skipped"]
 
 # The label of a sample that counts for nothing: one whose class is unknown or that was not read.
 UNLABELLED = -100
@@ -80,3 +83,36 @@ def confusion_scores(counts: Tensor) -> dict[str, float]:
         "accuracy": float(correct.sum() / per_class.sum()),
         "balanced_accuracy": float((correct[occurs] / per_class[occurs]).mean()),
     }
+
+
+def class_scores(counts: Tensor, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """Returns samples, recall and precision of each class; None where there is none to count.
+
+    Args:
+        counts: Confusion matrix, rows are the true classes.
+        names: Names of the classes.
+    """
+    right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    return {
+        name: {
+            "samples": int(true[i]),
+            "recall": float(right[i] / true[i]) if true[i] else None,
+            "precision": float(right[i] / predicted[i]) if predicted[i] else None,
+        }
+        for i, name in enumerate(names)
+    }
+
+
+def log_skipped(task: L.LightningModule, split: str, batch: dict[str, Any]) -> None:
+    """Logs how many samples of an epoch could not be read, as `val_skipped` and so on."""
+    if "num_skipped" not in batch:  # data of one's own may have nothing to skip
+        return
+    task.log(
+        f"{split}_skipped",
+        batch["num_skipped"].float(),
+        on_step=False,
+        on_epoch=True,
+        reduce_fx="sum",
+        sync_dist=True,
+        batch_size=1,
+    )

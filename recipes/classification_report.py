@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from recipes.callbacks import RunClock, Throughput
-from recipes.classification import ClassificationTask
+from recipes.classification import ClassificationTask, limited
+from recipes.classification_metrics import class_scores
 from recipes.figures import confusion_figure, curves_figure, log_figure
 from recipes.run_folder import read_curves
 
-__all__ = ["ClassificationReport", "class_scores", "class_table", "evaluate_test"]
+__all__ = ["ClassificationReport", "class_table", "evaluate_test"]
 
 
 class ClassificationReport(RunClock):
@@ -82,7 +83,7 @@ def evaluate_test(trainer: L.Trainer, task: ClassificationTask) -> str:
     task.eval()
     task.metrics.reset()
     with torch.no_grad(), trainer.precision_plugin.forward_context():
-        for batch in data.test_dataloader():
+        for batch in limited(data.test_dataloader(), trainer.limit_test_batches):
             batch = trainer.strategy.batch_to_device(batch)
             task.metrics.update(task.logits(batch), task.labels(batch))
     task.train(was_training)
@@ -91,24 +92,6 @@ def evaluate_test(trainer: L.Trainer, task: ClassificationTask) -> str:
         return "val"
     task.figures["test"], task.confusions["test"] = figures, counts
     return "test"
-
-
-def class_scores(counts: Tensor, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    """Returns samples, recall and precision of each class; None where there is none to count.
-
-    Args:
-        counts: Confusion matrix, rows are the true classes.
-        names: Names of the classes.
-    """
-    right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
-    return {
-        name: {
-            "samples": int(true[i]),
-            "recall": float(right[i] / true[i]) if true[i] else None,
-            "precision": float(right[i] / predicted[i]) if predicted[i] else None,
-        }
-        for i, name in enumerate(names)
-    }
 
 
 def class_table(counts: Tensor, names: Sequence[str]) -> str:

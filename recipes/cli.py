@@ -3,7 +3,8 @@
 - The command line and the configuration win over what a checkpoint remembers.
 - `--ckpt_path last` finds the run's own checkpoint; `validate`, `test` and `predict` take it by
   default and never evaluate an untrained model in silence.
-- A checkpoint that is damaged or of another model is one error, before any data is read.
+- A checkpoint brings its model's options, and needs no weights to start from. One that is damaged
+  or of another model is one error, before any data is read.
 - Everything lies in `trainer.default_root_dir`, and a recipe may run in it again (`run_folder`);
   nothing there is touched before the data has been read.
 - What our own code or Lightning refuses is reported without a traceback; a bug keeps its traceback.
@@ -20,14 +21,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-from lightning.pytorch.callbacks import ProgressBar, Timer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import longnet_zoo
-from recipes.checkpoints import check_state_dict, last_checkpoint, read_checkpoint
+from recipes.callbacks import LastCheckpoint
+from recipes.checkpoints import (
+    check_settings,
+    check_state_dict,
+    last_checkpoint,
+    read_checkpoint,
+)
 from recipes.progress import LineProgress, StepBar
 from recipes.run_folder import CurveLogger, check_resumed_folder, make_room
 
@@ -77,6 +84,7 @@ class RecipeCLI(LightningCLI):
         args: list[str] | None = None,
     ) -> None:
         self._checkpoint: dict[str, Any] | None = None
+        self._pretrained: Any = False
         super().__init__(
             task,
             data,
@@ -121,12 +129,16 @@ class RecipeCLI(LightningCLI):
         # Folders are sharded checkpoints, URLs are fetched by Lightning.
         if path is not None and "://" not in path and not Path(path).is_dir():
             self._checkpoint = read_checkpoint(path)
+            self._take_model(config["model"], self._checkpoint.get("hyper_parameters", {}))
 
     def after_instantiate_classes(self) -> None:
         """Compares the checkpoint with the model and its optimizer."""
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is None:
             return
+        if self._pretrained is not False:
+            # For config.yaml, which makes the run from its beginning.
+            self.config[self.subcommand]["model"]["pretrained"] = self._pretrained
         check_state_dict(self.model.state_dict(), checkpoint["state_dict"])
         saved = checkpoint.get("hyper_parameters", {}).get("optimization")
         if self.subcommand == "fit" and saved is not None:
@@ -147,7 +159,12 @@ class RecipeCLI(LightningCLI):
         if self.subcommand == "fit" and options["enable_progress_bar"] is None and not has_bar:
             kwargs["enable_progress_bar"] = is_terminal = sys.stdout.isatty()
             # In front, so that it has ended when others print at the end.
-            kwargs["callbacks"] = [StepBar() if is_terminal else LineProgress(), *callbacks]
+            callbacks = [StepBar() if is_terminal else LineProgress(), *callbacks]
+        saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
+        if self.subcommand == "fit" and options["enable_checkpointing"] is None and not saves:
+            # Lightning's own has a name that `--ckpt_path last` does not find.
+            callbacks = [*callbacks, LastCheckpoint()]
+        kwargs["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
@@ -185,6 +202,23 @@ class RecipeCLI(LightningCLI):
             self.trainer.predict(**kwargs)
         else:
             self.trainer.predict(datamodule=datamodule, **kwargs)
+
+    def _take_model(self, model: Any, saved: dict[str, Any]) -> None:
+        """Takes the model of a checkpoint for all that the configuration leaves open.
+
+        Weights to start from are not read: they are in the checkpoint by now, and so are the
+        options that came with them.
+        """
+        given = dict(model["model_options"] or {})
+        if model.get("pretrained", False) is not False:
+            self._pretrained, model["pretrained"] = model["pretrained"], False
+            # It says how many classes those weights had.
+            given.pop("num_classes", None)
+        if model["model_name"] is None:
+            model["model_name"] = saved.get("model_name")
+        if model["model_name"] == saved.get("model_name"):
+            model["model_options"] = {**(saved.get("model_options") or {}), **given}
+        check_settings(model, saved)
 
     def _find_checkpoint(self, config: Any) -> str | None:
         """Returns the path of the checkpoint to load, or None to start from new weights."""

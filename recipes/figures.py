@@ -1,5 +1,6 @@
 """Pictures that a run shows: the confusion matrix, the attention pattern, the curves."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,10 @@ _INK, _QUIET, _GRID, _LINE = "#1f2933", "#7b8794", "#e4e7eb", "#ffffff"
 _BLUE, _PALE_BLUE, _ORANGE = "#2563a8", "#b9cfe6", "#d9730d"
 # More cells than this are coloured but not written into.
 _MAX_WRITTEN = 24
+# Inches of a cell, and most of the matrix.
+_CELL, _MAX_SIDE = 0.62, 12.0
+_MAX_NAME = 24  # letters
+_TITLE_LETTERS_PER_INCH = 9.5
 _MAX_HEADS = 8
 
 
@@ -28,7 +33,7 @@ def confusion_figure(
     """Draws how often each class was taken for each other one.
 
     The colour of a cell is its share of the row, that is of the true class. A cell holds its count
-    and that share.
+    and that share. Long names are cut in their midst.
 
     Args:
         counts: Number of samples, (classes, classes); rows are the true classes.
@@ -51,22 +56,33 @@ def confusion_figure(
         )
     counts = counts.double()
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    side = min(0.62 * number + 1.0, 12.0)
-    figure = Figure(figsize=(max(side + 1.2, 4.6), max(side + 0.9, 4.0)), layout="constrained")
+    side = min(max(_CELL * number, 2.4), _MAX_SIDE)
+    # Room for labels and the colour bar.
+    breadth = 1.1 * side + 3.2
+    figure = Figure(figsize=(breadth, side + 2.4), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(number), class_names, rotation=45 if _is_wide(class_names) else 0)
-    axes.set_yticks(range(number), class_names)
+    font_size = min(10.0, 72 * side / number * 0.7)
+    names = [_shortened(name) for name in class_names]
+    is_wide = max(map(len, names)) > 5
+    # A label that is turned ends at its cell.
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if is_wide else {}
+    axes.set_xticks(range(number), names, fontsize=font_size, **turned)
+    axes.set_yticks(range(number), names, fontsize=font_size)
     axes.set_xlabel("predicted", color=_QUIET)
     axes.set_ylabel("true", color=_QUIET)
     correct, total = int(counts.diagonal().sum()), int(counts.sum())
     accuracy = f", {correct / total:.1%} right" if total else ""
-    axes.set_title(
-        *(f"{title}: {total:,} samples{accuracy}",), loc="left", fontsize=11, fontweight="bold"
+    # Of the figure and not of the matrix, which may be narrow.
+    figure.suptitle(
+        textwrap.fill(
+            f"{title}: {total:,} samples{accuracy}", int(breadth * _TITLE_LETTERS_PER_INCH)
+        ),
+        **{"x": 0.02, "ha": "left", "fontsize": 11, "fontweight": "bold", "color": _INK},
     )
     axes.set_xticks([place - 0.5 for place in range(1, number)], minor=True)
     axes.set_yticks([place - 0.5 for place in range(1, number)], minor=True)
-    axes.grid(which="minor", color=_LINE, linewidth=1.2)
+    axes.grid(which="minor", color=_LINE, linewidth=1.2 if number <= _MAX_WRITTEN else 0.4)
     axes.tick_params(which="both", length=0, colors=_INK)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, fraction=0.045, pad=0.02)
@@ -75,22 +91,30 @@ def confusion_figure(
     bar.set_label("share of the true class", color=_QUIET)
     bar.outline.set_visible(False)
     if number <= _MAX_WRITTEN:
-        _write_cells(axes, counts, shares)
+        _write_cells(axes, counts, shares, cell=side / number)
     return figure
 
 
-def _is_wide(names: Sequence[str]) -> bool:
-    return max(len(name) for name in names) > 5
+def _shortened(name: str) -> str:
+    """Cuts the middle out of a long name, as names that begin alike are common."""
+    if len(name) <= _MAX_NAME:
+        return name
+    end = (_MAX_NAME - 1) // 2
+    return f"{name[: _MAX_NAME - 1 - end]}…{name[-end:]}"
 
 
-def _write_cells(axes: Any, counts: Tensor, shares: Tensor) -> None:
+def _write_cells(axes: Any, counts: Tensor, shares: Tensor, *, cell: float) -> None:
+    """Writes count and share into the cells, of so many inches."""
+    letters = max(4, len(f"{int(counts.max()):,}"))
+    # A digit is about 0.62 of the font's size wide, which is in points of 1/72 inch.
+    font_size = min(9.0, 0.86 * 72 * cell / (0.62 * letters))
     for row, column in counts.nonzero().tolist():
         share = float(shares[row, column])
         axes.text(
             *(column, row, f"{int(counts[row, column]):,}\n{share:.0%}"),
             ha="center",
             va="center",
-            fontsize=8,
+            fontsize=font_size,
             linespacing=1.25,
             color="white" if share > 0.55 else _INK,
         )

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from timm.data import Mixup
 from torch import Tensor
 
-from recipes.classification import ClassificationTask, changed_options, create_classifier
+from recipes.classification import ClassificationTask
+from recipes.classifiers import changed_options, check_modality, create_classifier
 from recipes.cli import run
 from recipes.image_data import ImageDataModule
 from recipes.optimization import OptimizationConfig
@@ -63,7 +64,8 @@ class ImageClassifier(ClassificationTask):
             `segment_lengths` or `drop_path`.
         pretrained: Weights to start from: true for the published ones, a tag of them, a file or a
             Hub id, as in `longnet_zoo.create_model`. They are expected without a head; for others
-            `model_options.num_classes` says of how many classes.
+            `model_options.num_classes` says of how many classes. Where a checkpoint is given, they
+            are not read.
         mixup: How training images are mixed; null leaves them alone.
         class_weights: Weight of each class in the training loss; "balanced" weighs by the inverse
             of the number of training images; null weighs all alike.
@@ -96,6 +98,7 @@ class ImageClassifier(ClassificationTask):
             optimization=optimization,
             warmup_epochs=warmup_epochs,
         )
+        check_modality(model_name, "vision", "vision-language", kind="a vision model")
         self.model = create_classifier(
             model_name, num_classes=num_classes, pretrained=pretrained, options=model_options
         )
@@ -150,33 +153,10 @@ class ImageClassifier(ClassificationTask):
 
     def training_loss(self, batch: dict[str, Any]) -> Tensor:
         """Returns the loss of a batch, mixed if asked."""
-        self._log_skipped("train", batch)
         if self._mixup is None:
             return super().training_loss(batch)
         images, targets = self._mixup(batch["images"], batch["labels"])
         return self.loss(self.model(images), targets)
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Adds a batch."""
-        super().validation_step(batch, batch_idx)
-        self._log_skipped("val", batch)
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Adds a batch."""
-        super().test_step(batch, batch_idx)
-        self._log_skipped("test", batch)
-
-    def _log_skipped(self, split: str, batch: dict[str, Any]) -> None:
-        """Logs how many images of an epoch could not be read."""
-        self.log(
-            f"{split}_skipped_images",
-            batch["num_skipped"].float(),
-            on_step=False,
-            on_epoch=True,
-            reduce_fx="sum",
-            sync_dist=True,
-            batch_size=1,
-        )
 
 
 def main(args: list[str] | None = None) -> None:

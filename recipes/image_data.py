@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning as L
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
@@ -16,6 +17,11 @@ from .image_loader import EvalImages, TrainImages, Transform
 __all__ = ["AugmentationConfig", "ImageDataModule"]
 
 _DATA_CONFIG = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+# What timm reads.
+_CHOICES = {
+    "interpolation": ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
+    "crop_mode": ("center", "squash", "border"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +58,14 @@ class AugmentationConfig:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
         if self.color_jitter < 0:
             raise ValueError(f"color_jitter must be 0 or more, got {self.color_jitter}.")
+        try:
+            create_transform((3, 8, 8), is_training=True, auto_augment=self.auto_augment)
+        # timm asserts, and fails to convert what it has split.
+        except (AssertionError, ValueError, KeyError) as error:
+            raise ValueError(
+                "auto_augment must be a policy of timm, such as rand-m9-mstd0.5-inc1, augmix-m5-w4 "
+                f"or original, got {self.auto_augment!r} ({error})."
+            ) from error
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -70,8 +84,9 @@ class ImageDataModule(L.LightningDataModule):
         data_config: Settings of timm's data configuration that differ from the model's:
             `input_size` (channels, height, width), `mean`, `std`, `interpolation`, `crop_pct` or
             `crop_mode`.
-        on_error: "skip" logs images that cannot be read and goes on; "raise" stops at them.
-        max_pixels: An image with more is refused, against files that would fill the memory.
+        on_error: "skip" logs images that cannot be read, have more than 8 bits a channel or more
+            than `max_pixels`, and goes on; "raise" stops at them.
+        max_pixels: An image with more is not read, against files that would fill the memory.
         seed: Seed of order and augmentation.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
 
@@ -143,6 +158,8 @@ class ImageDataModule(L.LightningDataModule):
                 test_fraction=self.test_fraction,
                 max_pixels=self.max_pixels,
             )
+            sizes = ", ".join(f"{split} {len(own.names):,}" for split, own in self._images.items())
+            rank_zero_info(f"images from {self.source!r}: {sizes}")
 
     def train_dataloader(self) -> TrainImages:
         """Returns the loader of augmented images."""
@@ -239,3 +256,9 @@ class ImageDataModule(L.LightningDataModule):
             raise ValueError(
                 f"data_config takes {', '.join(_DATA_CONFIG)}, got {', '.join(unknown)}."
             )
+        for name, choices in _CHOICES.items():
+            value = self.data_config.get(name, choices[0])
+            if value not in choices:
+                raise ValueError(
+                    f"data_config.{name} must be one of {', '.join(choices)}, got {value!r}."
+                )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .text_corpus import split_of
 
@@ -114,7 +114,7 @@ def find_images(source: str) -> list[str]:
     path = Path(source)
     if path.is_file():
         return [str(path)]
-    found = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in _EXTENSIONS)
+    found = [str(p) for p in _image_paths(path)]
     if not found:
         raise ValueError(
             f"{source!r} must be an image or a folder with images, and there is none. Files with "
@@ -123,8 +123,18 @@ def find_images(source: str) -> list[str]:
     return found
 
 
+def _image_paths(folder: Path) -> list[Path]:
+    """Lists the image files below a folder, sorted; hidden ones are no images of the user's."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _EXTENSIONS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
 def read_image(path: str | Path, *, max_pixels: int) -> Image.Image:
-    """Reads an image file as RGB.
+    """Reads an image file as RGB, upright as its EXIF data say, on white where it is transparent.
 
     Args:
         path: The file.
@@ -158,9 +168,19 @@ def read_image(path: str | Path, *, max_pixels: int) -> Image.Image:
                 )
             try:
                 # Damaged files show themselves as OSError, SyntaxError, struct.error and more.
-                return image.convert("RGB")
+                # In place: a copy of a slide may not fit into memory.
+                ImageOps.exif_transpose(image, in_place=True)
+                return _on_white(image)
             except Exception as error:
                 raise OSError(f"cannot read {path}: {error}") from error
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 @contextlib.contextmanager
@@ -213,20 +233,23 @@ def _given_splits(
         own = folder / split
         if not own.is_dir():
             continue
-        unknown = sorted(set(_class_names(own)) - set(classes))
+        unknown = sorted(set(_subfolders(own)) - set(classes))
         if unknown:
             raise ValueError(
                 f"every class needs training images, got {', '.join(unknown)} in {own} and not in "
                 f"{folder / 'train'}. Move or rename these folders."
             )
         splits[split] = _class_files(own, classes, max_pixels)
+        if not splits[split]:
+            raise ValueError(
+                f"a folder {split!r} must hold images in subfolders of classes, got none in {own}. "
+                "Add some, or remove the folder."
+            )
     return splits
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
-    names = tuple(
-        sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    )
+    names = _subfolders(folder)
     if len(names) < 2:
         raise ValueError(
             f"a folder of images needs a subfolder for each of two or more classes, got "
@@ -236,12 +259,17 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return names
 
 
+def _subfolders(folder: Path) -> tuple[str, ...]:
+    return tuple(
+        sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    )
+
+
 def _class_files(folder: Path, classes: tuple[str, ...], max_pixels: int) -> ImageFiles:
     files = [
         (str(path), number)
         for number, name in enumerate(classes)
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in _EXTENSIONS
+        for path in _image_paths(folder / name)
     ]
     return ImageFiles(
         names=tuple(path for path, _ in files),

@@ -6,11 +6,9 @@ epoch and the image alone, so the number of worker processes changes nothing.
 """
 
 import contextlib
-import itertools
-import logging
 import random
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +18,20 @@ from torch.utils.data import Dataset
 
 from .classification_metrics import UNLABELLED
 from .image_files import ImageFiles, no_pixel_limit
-from .loader import FILLER, Batch, EpochOrder, FixedLoader, SeededLoader, fair_order
+from .loader import (
+    FILLER,
+    Batch,
+    EpochOrder,
+    FixedLoader,
+    OnError,
+    SeededLoader,
+    SkippingReader,
+    fair_order,
+)
 
 __all__ = ["EvalImages", "TrainImages"]
 
 Transform = Callable[[Image.Image], Tensor]
-OnError = Literal["skip", "raise"]
-
-_log = logging.getLogger(__name__)
 
 
 class TrainImages(SeededLoader):
@@ -125,20 +129,12 @@ class _Batches(Dataset[Batch]):
     """Reads and transforms images; what a request is, a subclass says."""
 
     def __init__(self, images: ImageFiles, *, transform: Transform, on_error: OnError) -> None:
-        self._images, self._transform, self._on_error = images, transform, on_error
+        self._images, self._transform = images, transform
+        self._reader = SkippingReader(
+            images.read, num_samples=len(images), unit="images", on_error=on_error
+        )
 
-    def _read(self, index: int, *, seed: tuple[int, ...]) -> Tensor | None:
-        """Returns an image, or None if it is to be skipped."""
-        try:
-            image = self._images.read(index)
-        except OSError as error:
-            if self._on_error == "raise":
-                raise ValueError(
-                    f"on_error='raise' stops at images that cannot be read: {error}. Remove the "
-                    "file, or pass --data.on_error skip."
-                ) from error
-            _log.warning("skipped: %s", error)
-            return None
+    def _tensor(self, image: Image.Image, *, seed: tuple[int, ...]) -> Tensor:
         with _seeded(seed), no_pixel_limit():
             return self._transform(image)
 
@@ -153,18 +149,13 @@ class _TrainBatches(_Batches):
 
     def __getitem__(self, request: tuple[int, int, int]) -> Batch:
         epoch, first, count = request
-        number = len(self._images)
+        chosen = self._order.samples(epoch, first=first, count=count)
         tensors, places, skipped = [], [], 0
-        for index in self._order.samples(epoch, first=first, count=count):
-            for place in itertools.chain(range(index, number), range(index)):
-                image = self._read(place, seed=(self._seed, epoch, place))
-                if image is not None:
-                    break
-                skipped += 1
-            else:
-                raise ValueError(f"none of the {number} training images can be read.")
-            tensors.append(image)
+        for index in chosen:
+            place, image, number = self._reader.read_from(index)
+            tensors.append(self._tensor(image, seed=(self._seed, epoch, place)))
             places.append(place)
+            skipped += number
         return _batch(self._images, tensors, places, num_skipped=skipped)
 
 
@@ -172,15 +163,18 @@ class _EvalBatches(_Batches):
     """Makes the batch of a request, a list of places."""
 
     def __getitem__(self, request: list[int]) -> Batch:
-        read = [None if i == FILLER else self._read(i, seed=(0, 0, i)) for i in request]
-        shape = next((image.shape for image in read if image is not None), None)
+        read = [None if place == FILLER else self._read(place) for place in request]
+        shape = next((tensor.shape for tensor in read if tensor is not None), None)
         if shape is None:
-            blank = self._transform(Image.new("RGB", (16, 16)))
-            shape = blank.shape
-        places = [FILLER if image is None else i for i, image in zip(request, read, strict=True)]
-        tensors = [torch.zeros(shape) if image is None else image for image in read]
+            shape = self._transform(Image.new("RGB", (16, 16))).shape
+        places = [FILLER if tensor is None else i for i, tensor in zip(request, read, strict=True)]
+        tensors = [torch.zeros(shape) if tensor is None else tensor for tensor in read]
         skipped = sum(i != place for i, place in zip(request, places, strict=True))
         return _batch(self._images, tensors, places, num_skipped=skipped)
+
+    def _read(self, place: int) -> Tensor | None:
+        image = self._reader.read(place)
+        return None if image is None else self._tensor(image, seed=(0, 0, place))
 
 
 def _batch(

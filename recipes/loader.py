@@ -12,10 +12,11 @@ order by a distributed sampler nor repeats samples to make the ranks even.
 import abc
 import dataclasses
 import itertools
+import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -27,15 +28,21 @@ __all__ = [
     "EndlessLoader",
     "EpochOrder",
     "FixedLoader",
+    "OnError",
     "SeededLoader",
+    "SkippingReader",
     "batch_iterator",
     "fair_order",
 ]
 
 Batch = dict[str, Any]
+OnError = Literal["skip", "raise"]
+Sample = TypeVar("Sample")
 
 # Stands for a sample that counts for nothing, which evens out the number of batches on the ranks.
 FILLER = -1
+
+_log = logging.getLogger(__name__)
 
 
 class EndlessLoader(abc.ABC):
@@ -245,6 +252,59 @@ class FixedLoader:
     def __iter__(self) -> Iterator[Batch]:
         self._iterator = batch_iterator(self._dataset, self._requests, **self._workers)
         yield from self._iterator
+
+
+class SkippingReader(Generic[Sample]):
+    """Reads samples, and logs those that cannot be read or stops at them.
+
+    Args:
+        read: Reads the sample at a place; OSError and ValueError, which name the file, say that it
+            cannot be read.
+        num_samples: Number of samples.
+        unit: What samples are called.
+        on_error: "skip" or "raise".
+    """
+
+    def __init__(
+        self, read: Callable[[int], Sample], *, num_samples: int, unit: str, on_error: OnError
+    ) -> None:
+        self._read, self._num_samples = read, num_samples
+        self._unit, self._on_error = unit, on_error
+
+    def read(self, place: int) -> Sample | None:
+        """Returns a sample, or None if it is to be skipped.
+
+        Raises:
+            ValueError: It cannot be read, and `on_error` is "raise".
+        """
+        try:
+            return self._read(place)
+        except (OSError, ValueError) as error:
+            if self._on_error == "raise":
+                raise ValueError(
+                    f"{error} (Or pass --data.on_error skip, which goes on without such "
+                    f"{self._unit}.)"
+                ) from error
+            _log.warning("skipped: %s", error)
+            return None
+
+    def read_from(self, place: int) -> tuple[int, Sample, int]:
+        """Reads a sample, or the next one that can be read.
+
+        Returns:
+            Its place, the sample, and how many were skipped.
+
+        Raises:
+            ValueError: As for `read`, or none can be read.
+        """
+        places = itertools.chain(range(place, self._num_samples), range(place))
+        for num_skipped, other in enumerate(places):
+            sample = self.read(other)
+            if sample is not None:
+                return other, sample, num_skipped
+        raise ValueError(
+            f"none of the {self._num_samples} training {self._unit} can be read; the log says why."
+        )
 
 
 def fair_order(num_samples: int) -> list[int]:

@@ -110,6 +110,7 @@ class LineProgress(Callback):
     def __init__(self, *, every_seconds: float = 15.0) -> None:
         self._every_seconds = every_seconds
         self._last = float("-inf")
+        self._step: int | None = None
 
     def on_train_batch_end(
         self,
@@ -120,11 +121,24 @@ class LineProgress(Callback):
         batch_idx: int,
     ) -> None:
         """Prints the newest values, if the last line is old enough."""
-        text, now = progress_text(trainer, pl_module), time.perf_counter()
+        if time.perf_counter() - self._last >= self._every_seconds:
+            self._print(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remembers that there is something new to say of the same step."""
+        self._step = None
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the last values, with those of the last validation."""
+        if self._step != trainer.global_step:
+            self._print(trainer, pl_module)
+
+    def _print(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        text = progress_text(trainer, task)
         # There is no text before the first whole step of accumulated batches.
-        if not text or not trainer.is_global_zero or now - self._last < self._every_seconds:
+        if not text or not trainer.is_global_zero:
             return
-        self._last = now
+        self._last, self._step = time.perf_counter(), trainer.global_step
         total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
         print(f"step {trainer.global_step}{total}  {text}", flush=True)
 

@@ -3,6 +3,7 @@
     runs/quickstart/
       config.yaml            every setting of the run
       metrics.csv            the curves
+      metrics.json           what a classifier came to
       tensorboard/           the same curves for `tensorboard --logdir`
       checkpoints/last.ckpt  what `--ckpt_path last` resumes
       report.html, ...       written at the end
@@ -15,6 +16,7 @@ that resumes a checkpoint of this folder keeps `metrics.csv` up to the checkpoin
 
 import argparse
 import csv
+import json
 import os
 import shutil
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-__all__ = ["CurveLogger", "check_resumed_folder", "make_room", "read_curves"]
+__all__ = ["CurveLogger", "check_resumed_folder", "make_room", "read_curves", "update_record"]
 
 # Only these are moved, in case somebody trains in a folder that holds other things.
 _ENTRIES = (
@@ -162,6 +164,21 @@ def read_curves(path: str | Path) -> dict[str, list[tuple[int, float]]]:
         for name in columns
         if name != "step"
     }
+
+
+def update_record(run_dir: str | Path, **entries: Any) -> None:
+    """Writes entries of `metrics.json` and leaves others as they are.
+
+    Args:
+        run_dir: Folder of the run; made if there is none.
+        **entries: What to write; a dict is merged with the one that is there.
+    """
+    path = Path(run_dir, "metrics.json")
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    for name, value in entries.items():
+        saved[name] = {**saved.get(name, {}), **value} if isinstance(value, dict) else value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(saved, indent=2) + "\n")
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:

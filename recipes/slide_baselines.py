@@ -10,9 +10,7 @@ Shapes: m slides, k channels of their embeddings, c classes.
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -21,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .classification_metrics import UNLABELLED, ClassificationMetrics
+from .run_folder import update_record
 
 __all__ = ["BaselineConfig", "LogisticRegression", "compare", "mean_of_tiles", "report"]
 
@@ -178,11 +177,7 @@ def report(
     }
     for logger in trainer.loggers:
         logger.log_metrics(rows, step=trainer.global_step)
-    path = Path(trainer.default_root_dir, "metrics.json")
-    saved = json.loads(path.read_text()) if path.is_file() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    saved["comparison"] = {**saved.get("comparison", {}), split: results}
-    path.write_text(json.dumps(saved, indent=2) + "\n")
+    update_record(trainer.default_root_dir, comparison={split: results})
 
 
 def _embed(

@@ -13,14 +13,14 @@ Every option: `python -m recipes.slide_classification fit --help`.
 
 import copy
 import dataclasses
-import itertools
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import longnet_zoo as lz
-from recipes.classification import ClassificationTask, changed_options
+from recipes.classification import ClassificationTask, limited
+from recipes.classifiers import changed_options, check_modality
 from recipes.cli import run
 from recipes.optimization import OptimizationConfig
 from recipes.slide_baselines import BaselineConfig, Embed, compare, mean_of_tiles, report
@@ -39,7 +39,8 @@ class SlideClassifier(ClassificationTask):
         model_options: Options of `longnet_zoo.create_model` for the encoder, such as `input_dim`,
             `tile_size`, `slide_size`, `pool` or `dropout`.
         pretrained: Weights to start from: true for the published ones, a tag of them, a file or a
-            Hub id, as in `longnet_zoo.create_model`.
+            Hub id, as in `longnet_zoo.create_model`. Where a checkpoint is given, they are neither
+            read nor compared with.
         freeze_encoder: Whether to train the classifier only.
         layers: Blocks after which the slide is embedded; several are concatenated. These states
             come BEFORE the encoder's last LayerNorm, and published fine-tuning takes [11]; null
@@ -79,6 +80,7 @@ class SlideClassifier(ClassificationTask):
             warmup_epochs=warmup_epochs,
         )
         self.baselines = BaselineConfig(**baselines) if isinstance(baselines, dict) else baselines
+        check_modality(model_name, "slide", kind="a slide encoder")
         encoder = lz.create_model(model_name, pretrained=pretrained, **(model_options or {}))
         self.model = SlideNetwork(
             encoder, num_classes=num_classes, layers=layers, freeze_encoder=freeze_encoder
@@ -143,16 +145,15 @@ class SlideClassifier(ClassificationTask):
             return
         trainer, data = self.trainer, self.trainer.datamodule
         if split == "val":
-            loader, limits = data.val_dataloader(), trainer.num_val_batches
+            held_out = limited(data.val_dataloader(), trainer.limit_val_batches)
         else:
-            loader, limits = data.test_dataloader(), trainer.num_test_batches
+            held_out = limited(data.test_dataloader(), trainer.limit_test_batches)
         max_slides = data.batch_size if trainer.fast_dev_run else self.baselines.max_slides
         results = compare(
             trainer,
             self._embedders(),
             train=data.sample_dataloader(max_slides),
-            # A report at the end of a fit tests on everything.
-            held_out=itertools.islice(loader, sum(limits) or None),
+            held_out=held_out,
             num_classes=self.num_classes,
             config=self.baselines,
             class_weights=self.loss_weights,

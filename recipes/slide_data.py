@@ -6,6 +6,8 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
+from longnet_zoo.models.slide_config import GigaPathSlideConfig
+
 from .slide_demo import DEMO_CLASSES, DemoSlides, Split
 from .slide_folder import load_folder, load_unlabelled
 from .slide_loader import EvalLoader, SlideSet, TrainLoader
@@ -25,8 +27,9 @@ class SlideDataModule(L.LightningDataModule):
         val_fraction: Share of the patients or slides held out for validation where the labels have
             no split.
         test_fraction: Share held out for the test where the labels have no split.
-        on_error: "skip" logs labelled slides that are missing or damaged and goes on; "raise"
-            stops at them.
+        on_error: "skip" logs slides that are missing or damaged, have another embedding size or
+            coordinates that the encoder refuses, and goes on; "raise" stops at them. NaN among the
+            tiles shows when a slide is first read, all else at the start.
         batch_size: Slides in a batch, on each device.
         max_tiles: Tiles to take of a slide in training, others in each epoch; null takes all.
         seed: Seed of the order and of the tiles.
@@ -85,17 +88,18 @@ class SlideDataModule(L.LightningDataModule):
         if self.source == "demo":
             self.class_names = DEMO_CLASSES
             self._slides = {split: DemoSlides(split) for split in ("train", "val", "test")}
-            self.input_dim = DemoSlides.input_dim
         else:
             assert self.labels is not None
-            self.class_names, slides, self.input_dim = load_folder(
+            self.class_names, slides = load_folder(
                 self.source,
                 labels=self.labels,
                 val_fraction=self.val_fraction,
                 test_fraction=self.test_fraction,
                 on_error=self.on_error,
+                encoder=self._encoder(),
             )
             self._slides = dict(slides)
+        self.input_dim = self._slides["train"].input_dim
         sizes = ", ".join(f"{split} {len(own.labels):,}" for split, own in self._slides.items())
         rank_zero_info(f"slides from {self.source!r}: {sizes}")
 
@@ -126,7 +130,10 @@ class SlideDataModule(L.LightningDataModule):
         """Returns the slides of `predict_source`."""
         if self.predict_source is None:
             return self.test_dataloader()
-        return self._eval_loader(load_unlabelled(self.predict_source))
+        slides = load_unlabelled(
+            self.predict_source, on_error=self.on_error, encoder=self._encoder()
+        )
+        return self._eval_loader(slides)
 
     def sample_dataloader(self, max_slides: int) -> EvalLoader:
         """Returns training slides whole and in their order, for classifiers that need no epochs.
@@ -142,11 +149,16 @@ class SlideDataModule(L.LightningDataModule):
     def _eval_loader(self, slides: SlideSet, **options: Any) -> EvalLoader:
         return EvalLoader(slides, **options, **self._loader_options())
 
+    def _encoder(self) -> GigaPathSlideConfig | None:
+        """Returns the config of the encoder that reads the slides, where there is a trainer."""
+        return None if self.trainer is None else self.trainer.lightning_module.model.config
+
     def _loader_options(self) -> dict[str, Any]:
         trainer = self.trainer
         device = "cpu" if trainer is None else trainer.strategy.root_device.type
         return {
             "batch_size": self.batch_size,
+            "on_error": self.on_error,
             "rank": 0 if trainer is None else trainer.global_rank,
             "world_size": 1 if trainer is None else trainer.world_size,
             "num_workers": self.num_workers,

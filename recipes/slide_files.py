@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["COORDS_KEYS", "SUFFIXES", "TILES_KEYS", "list_slides", "read_slide", "slide_shape"]
+__all__ = ["COORDS_KEYS", "SUFFIXES", "TILES_KEYS", "list_slides", "read_layout", "read_slide"]
 
 TILES_KEYS = ("features", "feats", "tile_embeds", "embeddings")
 COORDS_KEYS = ("coords", "coordinates")
@@ -50,7 +50,8 @@ def list_slides(folder: str | Path) -> dict[str, Path]:
         raise ValueError(f"slides lie in a folder, got {str(folder)!r}, which is none.")
     slides: dict[str, Path] = {}
     for path in sorted(Path(folder).iterdir()):
-        if path.suffix in SUFFIXES:
+        # Hidden files are what other systems leave beside a copied one.
+        if path.suffix in SUFFIXES and not path.name.startswith("."):
             if path.stem in slides:
                 raise ValueError(
                     "a slide must be one file, got "
@@ -81,31 +82,37 @@ def read_slide(path: str | Path) -> tuple[Tensor, Tensor]:
         >>> embedding = encoder(tiles[None], coords[None])
     """
     with _arrays(Path(path)) as (tiles, coords):
-        found = {"tiles": _without_batch(tiles.read()), "coords": _without_batch(coords.read())}
-    for name, values in found.items():
-        found[name] = values = values.to(torch.float32)
-        is_bad = ~torch.isfinite(values).all(dim=1)
-        if is_bad.any():
-            raise ValueError(
-                f"{path}: {name} must be finite, got NaN or infinity in {int(is_bad.sum())} of "
-                f"{len(values)} rows, the first is row {int(is_bad.nonzero()[0])}. Compute the "
-                "embeddings of this slide again."
-            )
-    return found["tiles"], found["coords"]
+        return _finite(path, "tiles", tiles), _finite(path, "coords", coords)
 
 
-def slide_shape(path: str | Path) -> tuple[int, int]:
-    """Returns how many tiles a slide has and how many channels, from the file's header if it can.
+def read_layout(path: str | Path) -> tuple[int, Tensor]:
+    """Reads what can be read without the tiles, except in formats that come as a whole.
 
     Args:
         path: As for `read_slide`.
 
+    Returns:
+        Channels of a tile embedding, and the coordinates as for `read_slide`.
+
     Raises:
-        ValueError: As for `read_slide`, but for values that are not finite.
+        ValueError: As for `read_slide`, but for tiles that are not finite.
         RuntimeError: As for `read_slide`.
     """
-    with _arrays(Path(path)) as (tiles, _):
-        return tiles.shape[-2], tiles.shape[-1]
+    with _arrays(Path(path)) as (tiles, coords):
+        return tiles.shape[-1], _finite(path, "coords", coords)
+
+
+def _finite(path: str | Path, name: str, entry: _Entry) -> Tensor:
+    """Reads an array as (n, ...) float32."""
+    values = _without_batch(entry.read()).to(torch.float32)
+    is_bad = ~torch.isfinite(values).all(dim=1)
+    if is_bad.any():
+        raise ValueError(
+            f"{path}: {name} must be finite, got NaN or infinity in {int(is_bad.sum())} of "
+            f"{len(values)} rows, the first is row {int(is_bad.nonzero()[0])}. Compute the "
+            "embeddings of this slide again."
+        )
+    return values
 
 
 @contextlib.contextmanager

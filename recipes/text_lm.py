@@ -19,7 +19,7 @@ from torch import Tensor
 
 import longnet_zoo as lz
 from recipes.callbacks import ExactResumption, Throughput
-from recipes.checkpoints import check_state_dict
+from recipes.checkpoints import check_settings, check_state_dict
 from recipes.cli import run
 from recipes.context_warmup import ContextWarmup
 from recipes.metrics import BitsPerByte
@@ -233,8 +233,11 @@ class TextLM(L.LightningModule):
         """Refuses the weights of another model, and to resume with another optimizer.
 
         Raises:
-            ValueError: Names or shapes differ, which the message lists, or the optimizer does.
+            ValueError: The model or the optimizer differs; the message says in what.
         """
+        # From Python, `load_from_checkpoint` takes other options on purpose.
+        if self._trainer is not None:
+            check_settings(self.hparams, checkpoint.get("hyper_parameters", {}))
         # Sharded checkpoints are read piece by piece later.
         if "state_dict" in checkpoint:
             check_state_dict(self.state_dict(), checkpoint["state_dict"])

@@ -11,10 +11,9 @@ import longnet_zoo as lz
 from recipes.classification import (
     UNLABELLED,
     ClassificationTask,
-    changed_options,
-    create_classifier,
 )
 from recipes.classification_metrics import ClassificationMetrics, confusion_scores
+from recipes.classifiers import changed_options, create_classifier
 from recipes.optimization import OptimizationConfig
 from tests.recipes.classification_runs import PointData, Points, quiet_trainer, tiny_vit
 
@@ -83,7 +82,7 @@ def test_balanced_accuracy_is_the_mean_recall_of_classes_that_occur():
 
 
 def test_loss_weighs_smooths_and_takes_soft_targets():
-    task = Points(class_weights=[1.0, 2.0, 5.0], label_smoothing=0.1)
+    task = Points(class_weights=[1, 2, 5], label_smoothing=0.1)
     logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 2, 1, UNLABELLED])
     kept = slice(0, 5)
     target = F.one_hot(labels[kept], 3) * 0.9 + 0.1 / 3
@@ -225,6 +224,8 @@ def test_checkpoint_of_another_optimizer_or_model_is_refused(tmp_path):
     [
         ({"num_classes": 1}, "num_classes must be 2 or more, got 1"),
         ({"class_weights": [1.0, 2.0]}, r"got \[1.0, 2.0\] and num_classes=3"),
+        ({"class_weights": [1, 2, -1]}, r"finite and above 0, got \[1, 2, -1\]"),
+        ({"class_weights": [0, 0, 0]}, r"finite and above 0, got \[0, 0, 0\]"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
         ({"warmup_epochs": -1.0}, "warmup_epochs=-1.0 and warmup_steps=0"),
         (

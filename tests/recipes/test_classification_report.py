@@ -3,7 +3,8 @@ import json
 import pytest
 import torch
 
-from recipes.classification_report import ClassificationReport, class_scores, class_table
+from recipes.classification_metrics import class_scores
+from recipes.classification_report import ClassificationReport, class_table
 from recipes.optimization import OptimizationConfig
 from tests.recipes.classification_runs import PointData, Points, quiet_trainer
 from tests.recipes.test_classification import quiet_loaders  # noqa: F401 - a fixture
@@ -51,6 +52,12 @@ def test_report_is_of_the_test_samples(tmp_path, capsys):
     assert "Test: loss" in out
     # Without a logger there are no curves.
     assert not (tmp_path / "report.png").exists()
+
+
+@pytest.mark.parametrize(("limit", "samples"), [(2, 8), (0.5, 16), (1.0, 30)])
+def test_report_respects_the_limit_of_the_trainer(tmp_path, limit, samples):
+    task = fit(tmp_path, PointData(), limit_test_batches=limit)
+    assert int(task.confusions["test"].sum()) == samples
 
 
 def test_without_test_samples_it_is_of_the_last_validation(tmp_path, capsys):

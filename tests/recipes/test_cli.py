@@ -167,16 +167,51 @@ def test_other_files_of_torch_are_no_checkpoints(corpus, tmp_path, capsys):
     assert "a Lightning checkpoint holds 'state_dict', got weight in" in error_of(capsys, args)
 
 
-def test_checkpoint_of_another_model_lists_the_keys(corpus, trained, capsys):
-    args = arguments(
-        corpus, trained, model__model_options__num_layers=2, model__model_options__embed_dim=8
-    )
-    error = error_of(capsys, ["fit", *args, "--ckpt_path=last"])
-    assert " missing: model.stack.blocks.1." in error
-    assert " mis-shaped: model.embedding.weight: model (259, 8), checkpoint (259, 16)" in error
-    assert "more" in error
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # No shape differs.
+        (
+            {"segment_lengths": [8, 32], "head_offset": "block"},
+            "got model_options.segment_lengths=[8, 32], model_options.head_offset='block' and a "
+            "checkpoint of model_options.segment_lengths=[16, 48], "
+            "model_options.head_offset='modulo'. "
+            "Set model.model_options.segment_lengths to [16, 48] and so on",
+        ),
+        ({"num_layers": 2}, "got model_options.num_layers=2 and a checkpoint of"),
+        ({"model_name": "longnet_lm_base"}, "a checkpoint of model_name='longnet_lm_tiny'. Set"),
+    ],
+)
+def test_checkpoint_of_another_model_is_refused(corpus, trained, capsys, command, changes, message):
+    names = {"model_name": "model__model_name"}
+    changes = {names.get(k, f"model__model_options__{k}"): v for k, v in changes.items()}
+    error = error_of(capsys, [command, *arguments(corpus, trained, **changes), "--ckpt_path=last"])
+    assert message in error
+    assert "Traceback" not in error
     # Nothing has been moved or overwritten.
     assert (trained / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_checkpoint_with_other_weights_than_its_settings_lists_the_keys(
+    corpus, trained, tmp_path, capsys
+):
+    checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    weights = checkpoint["state_dict"]
+    weights["model.embedding.weight"] = weights["model.embedding.weight"][:, :8]
+    torch.save(checkpoint, tmp_path / "odd.ckpt")
+    args = arguments(corpus, trained)
+    error = error_of(capsys, ["fit", *args, f"--ckpt_path={tmp_path / 'odd.ckpt'}"])
+    assert " mis-shaped: model.embedding.weight: model (259, 16), checkpoint (259, 8)" in error
+
+
+def test_checkpoint_brings_the_options_that_nobody_gives_and_leaves_free_ones(corpus, trained):
+    args = arguments(corpus, trained, model__model_options__dropout=0.3)
+    args = [arg for arg in args if "model_options" not in arg or "dropout" in arg]
+    built = RecipeCLI(TextLM, TextDataModule, args=["validate", *args])
+    config = built.model.model.config
+    assert (config.embed_dim, config.segment_lengths) == (16, (16, 48))
+    assert config.dropout == 0.3
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])

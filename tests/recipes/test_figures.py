@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 import longnet_zoo as lz
@@ -18,7 +19,8 @@ def texts(axes):
 
 
 def test_confusion_cells_hold_count_and_share_of_the_true_class():
-    axes = confusion_figure(COUNTS, NAMES, title="Test").axes[0]
+    figure = confusion_figure(COUNTS, NAMES, title="Test")
+    axes = figure.axes[0]
     # Places are (column, row); empty cells stay empty.
     assert texts(axes) == {
         (0, 0): "3\n75%",
@@ -28,7 +30,7 @@ def test_confusion_cells_hold_count_and_share_of_the_true_class():
     }
     assert [label.get_text() for label in axes.get_yticklabels()] == list(NAMES)
     assert [label.get_text() for label in axes.get_xticklabels()] == list(NAMES)
-    assert axes.get_title(loc="left") == "Test: 1,240 samples, 99.8% right"
+    assert figure.get_suptitle() == "Test: 1,240 samples, 99.8% right"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
 
 
@@ -38,10 +40,35 @@ def test_confusion_of_many_classes_is_not_written_into():
     assert not figure.axes[0].texts
 
 
+@pytest.mark.parametrize("number", [2, 6, 10, 24, 40])
+@pytest.mark.parametrize("prefix", ["", "a class whose name is really a long one "])
+def test_confusion_is_not_cut_off_and_its_counts_keep_apart(number, prefix):
+    names = [f"{prefix}{i}" for i in range(number)]
+    counts = torch.full((number, number), 12_345)
+    figure = confusion_figure(counts, names, title="Where is most haematoxylin? One slide, cut up")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    # In inches.
+    needed, whole = figure.get_tightbbox(renderer), figure.get_size_inches()
+    assert needed.x0 >= -0.01
+    assert needed.y0 >= -0.01
+    assert needed.x1 <= whole[0] + 0.01
+    assert needed.y1 <= whole[1] + 0.01
+    axes = figure.axes[0]
+    cell = axes.get_window_extent(renderer).width / number
+    # Long names leave room for the cells.
+    assert cell * number > 0.4 * renderer.width
+    assert all(text.get_window_extent(renderer).width < cell for text in axes.texts)
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert len(set(labels)) == number
+    assert max(map(len, labels)) <= 24
+
+
 def test_confusion_without_samples_can_be_drawn(tmp_path):
     figure = confusion_figure(torch.zeros(2, 2), ("a", "b"))
     figure.savefig(tmp_path / "empty.png")
-    assert figure.axes[0].get_title(loc="left") == "Confusion matrix: 0 samples"
+    assert figure.get_suptitle() == "Confusion matrix: 0 samples"
 
 
 def test_confusion_needs_a_name_for_each_class():

@@ -1,9 +1,12 @@
 import json
+import re
 
 import pytest
 import torch
+import yaml
 
 import longnet_zoo as lz
+from recipes.cli import RecipeCLI
 from recipes.image_classification import ImageClassifier, MixupConfig, main
 from recipes.image_data import ImageDataModule
 from recipes.run_folder import make_room
@@ -33,6 +36,8 @@ def arguments(folder, run_dir, **changes):
     return [f"--{name.replace('__', '.')}={value}" for name, value in options.items()]
 
 
+PUBLISHED = {"head_offset": "block", "padded_keys": "zero"}
+
 REPORT = ["--trainer.callbacks+=recipes.classification_report.ClassificationReport"]
 
 
@@ -52,10 +57,16 @@ def test_fit_test_and_predict(folder, tmp_path, capsys):
     assert list((run_dir / "tensorboard").iterdir())
     losses = list(curve(run_dir, "train_loss").values())
     assert losses[-1] < 0.5 * losses[0]
-    assert set(curve(run_dir, "val_skipped_images").values()) == {0.0}
+    assert set(curve(run_dir, "val_skipped").values()) == {0.0}
 
+    record["metrics"]["test_accuracy"], record["test_confusion"] = 0.0, []
+    (run_dir / "metrics.json").write_text(json.dumps(record))
     main(["test", *options])
     assert "test_accuracy" in capsys.readouterr().out
+    tested = json.loads((run_dir / "metrics.json").read_text())
+    assert tested["metrics"]["test_accuracy"] > 0.9
+    assert tested["metrics"]["steps"] == 8 * 4
+    assert sum(map(sum, tested["test_confusion"])) > 3
     main(["predict", *options, f"--data.predict_source={folder / 'red'}"])
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines() if "\t" in line]
     assert [line[0] for line in lines] == sorted(str(p) for p in (folder / "red").iterdir())
@@ -116,6 +127,64 @@ def test_checkpoint_makes_the_classifier_again(folder, tmp_path):
     assert again.class_names == ("blue", "green", "red")
 
 
+def test_checkpoint_replaces_pretrained_weights_and_brings_their_options(folder, tmp_path, capsys):
+    # Weights of seven classes under the published names, whose patterns are not our default.
+    weights = lz.create_model(
+        "longvit_tiny_patch8_64", **tiny_vit(), **PUBLISHED, num_classes=7, qk_norm=False
+    )
+    torch.save(lz.weights.to_published_state_dict(weights), tmp_path / "published.pth")
+    given = {
+        "model__pretrained": tmp_path / "published.pth",
+        "model__model_options__num_classes": 7,
+    }
+    run_dir = tmp_path / "run"
+    options = arguments(folder, run_dir, trainer__max_epochs=1, **given)
+    main(["fit", *options])
+    trained = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    assert trained["hyper_parameters"]["model_options"]["head_offset"] == "block"
+    (tmp_path / "published.pth").unlink()
+    capsys.readouterr()
+    main(["test", *options])
+    assert "test_accuracy" in capsys.readouterr().out
+    built = RecipeCLI(ImageClassifier, ImageDataModule, args=["predict", *options])
+    assert built.model.model.config.head_offset == "block"
+    assert built.model.model.config.padded_keys == "zero"
+    # The settings of a resumed run still say how it began.
+    main(["fit", *options, "--trainer.max_epochs=2", "--ckpt_path=last"])
+    saved = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert saved["model"]["pretrained"] == str(tmp_path / "published.pth")
+
+
+def test_checkpoint_of_another_pattern_is_refused_from_python_too(folder, tmp_path):
+    data = ImageDataModule(source=str(folder), batch_size=6)
+    trainer = quiet_trainer(tmp_path, max_steps=1)
+    trainer.fit(ImageClassifier(num_classes=3, model_options=tiny_vit()), datamodule=data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    other = ImageClassifier(num_classes=3, model_options={**tiny_vit(), "head_offset": "block"})
+    with pytest.raises(ValueError, match=r"head_offset='block' and a checkpoint of .*='modulo'"):
+        trainer.test(other, datamodule=data, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+
+
+def test_without_callbacks_it_says_what_came_out_and_can_be_tested(folder, tmp_path, capsys):
+    options = arguments(folder, tmp_path, trainer__max_epochs=2)
+    main(["fit", *options])
+    *_, last = (line for line in capsys.readouterr().out.splitlines() if line.startswith("step"))
+    assert last.startswith("step 8  train loss ")
+    (accuracy,) = re.findall(r"val accuracy (\S+)%", last)
+    assert float(accuracy) == pytest.approx(100 * curve(tmp_path, "val_accuracy")[7], abs=0.05)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    main(["test", *options])
+    tested = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(tested["test_classes"]) == {"red", "green", "blue"}
+
+
+@pytest.mark.parametrize("name", ["gigapath_slide_enc12l768d", "longnet_lm_tiny"])
+def test_models_for_something_else_are_refused(name):
+    message = rf"a vision model, got '{name}', which is none \(family '.*longvit_tiny_patch8_64"
+    with pytest.raises(ValueError, match=message):
+        ImageClassifier(model_name=name)
+
+
 def test_mixed_batches_have_mixed_targets(monkeypatch):
     mixup = MixupConfig(mixup_alpha=1.0)
     task = ImageClassifier(num_classes=3, model_options=tiny_vit(), mixup=mixup)
@@ -126,7 +195,6 @@ def test_mixed_batches_have_mixed_targets(monkeypatch):
         return logits.sum()
 
     monkeypatch.setattr(task, "loss", loss)
-    monkeypatch.setattr(task, "_log_skipped", lambda split, batch: None)
     images = torch.randn(4, 3, 16, 16)
     batch = {"images": images.clone(), "labels": torch.tensor([0, 1, 2, 2])}
     task.training_loss(batch)

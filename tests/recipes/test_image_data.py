@@ -118,6 +118,14 @@ def test_prediction_needs_no_training_images(model, folder):
         ({"num_workers": -1}, "num_workers must be 0 or more, got -1"),
         ({"on_error": "ignore"}, "on_error must be 'skip' or 'raise', got 'ignore'"),
         ({"data_config": {"size": 3}}, "data_config takes input_size, .*, got size"),
+        (
+            {"data_config": {"interpolation": "cubist"}},
+            "data_config.interpolation must be one of nearest, .*, got 'cubist'",
+        ),
+        (
+            {"data_config": {"crop_mode": "top"}},
+            "data_config.crop_mode must be one of center, squash, border, got 'top'",
+        ),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -133,6 +141,8 @@ def test_bad_options_are_refused(options, message):
         ({"ratio": (2.0, 1.0)}, r"ratio must be .*, got \(2.0, 1.0\)"),
         ({"hflip": 1.5}, r"hflip must be in \[0, 1\], got 1.5"),
         ({"color_jitter": -0.1}, "color_jitter must be 0 or more, got -0.1"),
+        ({"auto_augment": "foo"}, "auto_augment must be a policy of timm, .*, got 'foo'"),
+        ({"auto_augment": "rand-foo3"}, "auto_augment must be a policy .*, got 'rand-foo3'"),
     ],
 )
 def test_bad_augmentation_is_refused(options, message):

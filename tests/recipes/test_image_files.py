@@ -1,3 +1,4 @@
+import shutil
 import warnings
 from collections import Counter
 
@@ -72,6 +73,10 @@ def test_given_splits_are_taken(tmp_path):
     _, splits = load_images(str(tmp_path), **{**OPTIONS, "val_fraction": 0.4})
     assert len(splits["val"]) + len(splits["train"]) == 15
     assert len(splits["val"]) > 1
+    (tmp_path / "val").mkdir()
+    with pytest.raises(ValueError, match=r"a folder 'val' must hold images .*, got none in .*val"):
+        load_images(str(tmp_path), **OPTIONS)
+    (tmp_path / "val").rmdir()
     write_images(tmp_path / "val", per_class=1)
     _, splits = load_images(str(tmp_path), **{**OPTIONS, "val_fraction": 0.4})
     assert {split: len(images) for split, images in splits.items()} == {
@@ -79,6 +84,28 @@ def test_given_splits_are_taken(tmp_path):
         "val": 3,
         "test": 6,
     }
+
+
+def test_a_held_out_split_may_have_one_class(tmp_path):
+    for split in ("train", "val"):
+        write_images(tmp_path / split, per_class=2)
+    for name in ("red", "blue"):
+        shutil.rmtree(tmp_path / "val" / name)
+    classes, splits = load_images(str(tmp_path), **OPTIONS)
+    assert classes == tuple(sorted(CLASSES))
+    assert splits["val"].labels == (classes.index("green"),) * 2
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    write_images(tmp_path, per_class=1)
+    before = find_images(str(tmp_path))
+    # Such as other systems leave beside each file of a copied folder.
+    (tmp_path / "red" / "._00.png").write_bytes(b"no image")
+    (tmp_path / "red" / ".thumbnails").mkdir()
+    shutil.copy(before[0], tmp_path / "red" / ".thumbnails" / "a.png")
+    assert find_images(str(tmp_path)) == before
+    _, splits = load_images(str(tmp_path), **{**OPTIONS, "val_fraction": 0, "test_fraction": 0})
+    assert sorted(splits["train"].names) == before
 
 
 def test_bad_folders_are_refused(tmp_path):
@@ -102,11 +129,33 @@ def test_class_without_training_images_is_refused(tmp_path):
 
 
 def test_image_is_read_as_rgb(tmp_path):
-    for mode, value in (("L", 7), ("RGBA", (7, 7, 7, 100)), ("P", 0), ("CMYK", (0, 0, 0, 0))):
+    for mode, value in (("L", 7), ("RGBA", (7, 7, 7, 255)), ("P", 0), ("CMYK", (0, 0, 0, 0))):
         Image.new(mode, (3, 2), value).save(tmp_path / "a.tif")
         image = read_image(tmp_path / "a.tif", max_pixels=6)
         assert (image.mode, image.size) == ("RGB", (3, 2))
     assert image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    image = Image.new("RGBA", (3, 2), (0, 0, 0, 0))
+    image.putpixel((1, 0), (10, 20, 30, 255))
+    image.save(tmp_path / "a.png")
+    grey = Image.new("LA", (3, 2), (0, 0))
+    grey.save(tmp_path / "b.png")
+    found = read_image(tmp_path / "a.png", max_pixels=6)
+    assert (found.getpixel((0, 0)), found.getpixel((1, 0))) == ((255,) * 3, (10, 20, 30))
+    assert read_image(tmp_path / "b.png", max_pixels=6).getpixel((0, 0)) == (255,) * 3
+
+
+def test_images_stand_as_the_camera_was_held(tmp_path):
+    image = Image.new("RGB", (16, 8))
+    image.paste((255, 255, 255), (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: turn clockwise to look at it.
+    image.save(tmp_path / "a.png", exif=exif)
+    found = read_image(tmp_path / "a.png", max_pixels=1000)
+    assert found.size == (8, 16)
+    assert (found.getpixel((4, 0)), found.getpixel((4, 15))) == ((255,) * 3, (0,) * 3)
 
 
 def test_image_of_too_many_pixels_is_refused(tmp_path):

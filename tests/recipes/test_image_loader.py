@@ -178,6 +178,26 @@ def test_damaged_image_is_replaced_in_training_and_logged(damaged, caplog):
     assert "green/01.png" in record.message
 
 
+def test_every_kind_of_unreadable_image_is_skipped_by_name(tmp_path, caplog):
+    folder = write_images(tmp_path, per_class=2)
+    Image.new("I;16", (4, 4)).save(folder / "red" / "deep.png")
+    Image.new("L", (40, 40)).save(folder / "red" / "large.png")
+    options = {"val_fraction": 0.0, "test_fraction": 0.0, "max_pixels": 20 * 23}
+    images = load_images(str(folder), **options)[1]["train"]
+    train = TrainImages(images, transform=plain_transform(), batch_size=8, on_error="skip")
+    evaluation = EvalImages(images, transform=plain_transform(), batch_size=8, on_error="skip")
+    for loader in (train, evaluation):
+        caplog.clear()
+        (batch,) = loader
+        assert int(batch["num_skipped"]) == len(caplog.records) >= 2
+        for name in ("deep.png", "large.png"):
+            assert f"red/{name}" in caplog.text
+            assert not any(found.endswith(name) for found in batch["names"])
+    stop = EvalImages(images, transform=plain_transform(), batch_size=8)
+    with pytest.raises(ValueError, match=r"red/(deep|large)\.png.* --data.on_error skip, which"):
+        next(iter(stop))
+
+
 def test_damaged_image_does_not_count_in_evaluation(damaged):
     loader = EvalImages(damaged, transform=plain_transform(), batch_size=5, on_error="skip")
     batches = list(loader)

@@ -23,6 +23,16 @@ def test_lines_stand_in_for_a_progress_bar(corpus, tmp_path, capsys):
     assert lines[2].endswith(" tokens/s")
 
 
+def test_the_last_line_has_the_last_validation(corpus, tmp_path, capsys):
+    callbacks = [LineProgress(every_seconds=1000)]
+    trainer = make_trainer(tmp_path, callbacks=callbacks, val_check_interval=3)
+    trainer.fit(make_task(), datamodule=make_data(corpus))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["step 1/3", "step 3/3"]
+    value = float(trainer.callback_metrics["val_bits_per_byte"])
+    assert f"  val {value:.3f} bits/byte" in lines[1]
+
+
 def test_bar_counts_steps_in_one_line_and_begins_where_a_run_resumes(corpus, tmp_path, capsys):
     args = {"callbacks": [StepBar()], "enable_progress_bar": True}
     trainer = make_trainer(tmp_path, **args)

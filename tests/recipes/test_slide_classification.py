@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,80 @@ def test_a_report_moves_the_comparison_to_the_test(files, tmp_path):
     main(["fit", *arguments(files, tmp_path / "run"), report])
     assert list(compared(tmp_path / "run")) == ["test"]
     assert (tmp_path / "run" / "report.png").is_file()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Returns what makes the arguments of a run with a checkpoint of one step."""
+    folder = tmp_path_factory.mktemp("trained")
+    source, labels = write_slides(folder / "slides"), write_labels(folder / "labels.csv")
+    files = {"source": source, "labels": labels}
+
+    def options(**changes):
+        return arguments(files, folder / "run", **{"model__layers": "[2]", **changes})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["recipes.slide_classification"])
+        main(["fit", *options(trainer__max_steps=1, trainer__val_check_interval=1)])
+    return options
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__layers": "[1]"}, "got layers=[1] and a checkpoint of layers=[2]. Set"),
+        ({"model__model_options__pool": "mean"}, "checkpoint of model_options.pool='cls'. Set"),
+        (
+            {"model__model_options__segment_lengths": "[3, 12]"},
+            "got model_options.segment_lengths=[3, 12] and a checkpoint of "
+            "model_options.segment_lengths=[4, 11]. Set model.model_options.segment_lengths to",
+        ),
+    ],
+)
+def test_a_checkpoint_goes_on_as_the_model_that_was_trained(
+    trained, capsys, command, changes, message
+):
+    with pytest.raises(SystemExit):
+        main([command, *trained(**changes), "--ckpt_path=last"])
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_test_needs_no_pretrained_weights_and_keeps_their_options(files, tmp_path):
+    options = tiny_encoder(head_offset="block", padded_keys="zero")
+    weights = lz.create_model("gigapath_slide_enc12l768d", **options)
+    torch.save(lz.weights.to_published_state_dict(weights), tmp_path / "published.pth")
+    run_dir = tmp_path / "run"
+    options = {"trainer__max_steps": 3, "trainer__val_check_interval": 3}
+    args = arguments(files, run_dir, model__pretrained=tmp_path / "published.pth", **options)
+    main(["fit", *args])
+    in_training = compared(run_dir)["val"]["this run"]["loss"]
+    (tmp_path / "published.pth").unlink()
+    main(["validate", *args])
+    saved = json.loads((run_dir / "metrics.json").read_text())
+    assert saved["metrics"]["val_loss"] == pytest.approx(in_training, abs=1e-6)
+    main(["test", *args])
+    saved = json.loads((run_dir / "metrics.json").read_text())
+    assert saved["metrics"]["test_loss"] == saved["comparison"]["test"]["this run"]["loss"]
+    assert sum(map(sum, saved["test_confusion"])) == 3
+
+
+def test_the_comparison_respects_the_limit_of_the_trainer(files, tmp_path):
+    report = "--trainer.callbacks=recipes.classification_report.ClassificationReport"
+    main(["fit", *arguments(files, tmp_path, trainer__limit_test_batches=1), report])
+    saved = json.loads((tmp_path / "metrics.json").read_text())
+    assert sum(map(sum, saved["test_confusion"])) == 2
+    # Of two slides an accuracy is one of these.
+    assert saved["comparison"]["test"]["mean of the tiles"]["accuracy"] in (0.0, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("name", ["longvit_tiny_patch8_64", "longnet_lm_tiny"])
+def test_models_for_something_else_are_refused(name):
+    message = rf"a slide encoder, got '{name}', which is none \(family .*gigapath_slide_enc12l768d"
+    with pytest.raises(ValueError, match=message):
+        SlideClassifier(model_name=name)
 
 
 def test_baselines_can_be_left_out(files, tmp_path, capsys):

@@ -1,8 +1,21 @@
-import pytest
+from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from recipes.slide_classification import SlideClassifier
 from recipes.slide_data import SlideDataModule
 from recipes.slide_demo import DEMO_CLASSES
-from tests.recipes.slide_runs import CLASSES, DIM, write_labels, write_slides
+from tests.recipes.classification_runs import quiet_trainer
+from tests.recipes.slide_runs import (
+    CLASSES,
+    DIM,
+    draw_slide,
+    tiny_encoder,
+    write_labels,
+    write_slides,
+)
 
 
 @pytest.fixture
@@ -54,6 +67,44 @@ def test_slides_to_predict_need_no_labels(options):
     data = SlideDataModule(predict_source=options["source"])
     data.setup("predict")
     assert len(names(data.predict_dataloader())) == 12
+
+
+def spoil(source, number, *, dim=DIM, scale=1.0, tile=1.0):
+    """Writes another embedding size, coordinates or tile values into a slide."""
+    tiles, coords = draw_slide(number, num_tiles=8, dim=dim)
+    path = Path(source) / f"slide_{number:02d}.safetensors"
+    save_file({"features": tiles * tile, "coords": coords * scale}, path)
+
+
+def test_a_run_skips_what_it_cannot_use_and_names_it(options, tmp_path, caplog):
+    nan = torch.nan
+    for number, fault in {
+        **{0: {"tile": nan}, 6: {"dim": 3}, 7: {"tile": nan}},
+        **{10: {"scale": 0.25}, 11: {"tile": nan}},
+    }.items():
+        spoil(options["source"], number, **fault)
+    task = SlideClassifier(model_options=tiny_encoder())
+    data = SlideDataModule(**options, on_error="skip", batch_size=3)
+    trainer = quiet_trainer(tmp_path / "run")
+    trainer.fit(task, data)
+    trainer.test(task, data)
+    for number in (0, 6, 7, 10, 11):
+        assert f"slide_{number:02d}.safetensors" in caplog.text
+    assert int(task.confusions["val"].sum()) == int(task.confusions["test"].sum()) == 1
+    data = SlideDataModule(predict_source=options["source"], on_error="skip", batch_size=3)
+    rows = [row for batch in trainer.predict(task, data) for row in batch]
+    assert [row[0] for row in rows] == [f"slide_{i:02d}" for i in (1, 2, 3, 4, 5, 8, 9)]
+    data = SlideDataModule(predict_source=options["source"])
+    with pytest.raises(ValueError, match=r"2 of 12 slides .*slide_10.*; .*slide_06.*reads 5"):
+        trainer.predict(task, data)
+
+
+def test_a_run_stops_at_a_slide_by_its_file(options, tmp_path):
+    spoil(options["source"], 4, tile=torch.inf)
+    data = SlideDataModule(**options, batch_size=3)
+    task = SlideClassifier(model_options=tiny_encoder())
+    with pytest.raises(ValueError, match=r"slide_04\.safetensors: tiles must be finite.* skip"):
+        quiet_trainer(tmp_path / "run").fit(task, data)
 
 
 def test_without_held_out_slides_validation_is_empty_and_the_test_refused(options, tmp_path):

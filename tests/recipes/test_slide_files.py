@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from recipes.slide_files import list_slides, read_slide, slide_shape
+from recipes.slide_files import list_slides, read_layout, read_slide
 
 TILES = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
 COORDS = torch.arange(14).reshape(7, 2) * 256
@@ -44,7 +44,9 @@ def test_formats_names_and_a_batch_axis_are_read(tmp_path, suffix, names, has_ba
     assert tiles.dtype == coords.dtype == torch.float32
     assert torch.equal(tiles, TILES)
     assert torch.equal(coords, COORDS.float())
-    assert slide_shape(path) == (7, 5)
+    dim, coords = read_layout(path)
+    assert dim == 5
+    assert torch.equal(coords, COORDS.float())
 
 
 @pytest.mark.parametrize("name", ["feats", "embeddings"])
@@ -122,7 +124,7 @@ def test_names_and_shapes_are_checked(tmp_path, arrays, message):
     with pytest.raises(ValueError, match=message):
         read_slide(path)
     with pytest.raises(ValueError, match=message):
-        slide_shape(path)
+        read_layout(path)
 
 
 @pytest.mark.parametrize(("name", "bad"), [("tiles", float("nan")), ("coords", float("inf"))])
@@ -149,7 +151,7 @@ def test_hdf5_without_h5py_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_slides_of_a_folder_are_listed_by_id(tmp_path):
-    for name in ("b.pt", "a.h5", "notes.txt", "c.svs"):
+    for name in ("b.pt", "a.h5", "notes.txt", "c.svs", "._a.h5"):
         (tmp_path / name).touch()
     assert list_slides(tmp_path) == {"a": tmp_path / "a.h5", "b": tmp_path / "b.pt"}
 

@@ -12,6 +12,7 @@ class Slides:
     """Eleven slides of 3, 4, 5, 3, ... tiles."""
 
     labels = tuple(i % 2 for i in range(11))
+    input_dim = DIM
 
     def __getitem__(self, index):
         tiles, coords = draw_slide(index, num_tiles=3 + index % 3)
@@ -114,6 +115,47 @@ def test_evaluation_keeps_the_order_and_can_take_some():
     assert len(loader) == 3
     assert [name for batch in names(loader) for name in batch] == [str(i) for i in range(11)]
     assert names(EvalLoader(Slides(), batch_size=2, indices=[5, 1, 9])) == [["5", "1"], ["9"]]
+
+
+class DamagedSlides(Slides):
+    """The first and the fourth one cannot be read."""
+
+    def __getitem__(self, index):
+        if index in (0, 3):
+            raise ValueError(f"slide_{index}.h5: tiles must be finite.")
+        return super().__getitem__(index)
+
+
+def test_a_damaged_slide_is_replaced_in_training_and_logged(caplog):
+    loader = TrainLoader(DamagedSlides(), batch_size=11, on_error="skip")
+    (batch,) = take(loader, 1)
+    assert sorted(batch["names"], key=int) == ["1", "1", "2", "4", "4", *"56789", "10"]
+    assert int(batch["num_skipped"]) == 2
+    assert {record.message for record in caplog.records} == {
+        f"skipped: slide_{i}.h5: tiles must be finite." for i in (0, 3)
+    }
+
+
+def test_a_damaged_slide_does_not_count_in_evaluation():
+    loader = EvalLoader(DamagedSlides(), batch_size=2, on_error="skip")
+    batches = list(loader)
+    assert [name for batch in names(batches) for name in batch] == [
+        *("", "1", "2", "", "4", "5", "6", "7", "8", "9", "10")
+    ]
+    assert [int(batch["num_skipped"]) for batch in batches] == [1, 1, 0, 0, 0, 0]
+    assert batches[0]["labels"].tolist() == [UNLABELLED, 1]
+
+
+def test_fillers_are_no_skipped_slides():
+    (*_, last) = EvalLoader(Slides(), batch_size=3, rank=1, world_size=2)
+    assert last["names"][-1] == ""
+    assert int(last["num_skipped"]) == 0
+
+
+@pytest.mark.parametrize("kind", [TrainLoader, EvalLoader])
+def test_a_damaged_slide_stops_a_run_that_says_so(kind):
+    with pytest.raises(ValueError, match=r"slide_[03]\.h5: tiles .* --data.on_error skip, which"):
+        take(kind(DamagedSlides(), batch_size=11), 1)
 
 
 def test_an_epoch_must_fill_a_step():

@@ -1,0 +1,76 @@
+"""Models of the registry as classifiers: which ones a recipe takes, their head, their options."""
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+import longnet_zoo as lz
+from longnet_zoo.registry import find_model, registered_models
+
+__all__ = ["changed_options", "check_modality", "create_classifier"]
+
+
+def check_modality(name: str, *modalities: str, kind: str) -> None:
+    """Refuses a model that does not read what a recipe feeds it.
+
+    Args:
+        name: Name in the registry.
+        *modalities: What the model may read, as in the registry.
+        kind: What to call such a model.
+
+    Raises:
+        ValueError: The model reads something else; the message names those that work.
+    """
+    entry = find_model(name)
+    if entry.modality not in modalities:
+        known = [other.name for other in registered_models() if other.modality in modalities]
+        raise ValueError(
+            f"model_name must be {kind}, got {name!r}, which is none (family {entry.family!r}, "
+            f"for {entry.modality}). Use one of {', '.join(known)}, or the recipe for that model."
+        )
+
+
+def create_classifier(
+    name: str, *, num_classes: int, pretrained: Any = False, options: dict[str, Any] | None = None
+) -> nn.Module:
+    """Makes a model of the registry with a head for these classes.
+
+    Args:
+        name: Name in the registry.
+        num_classes: Number of classes.
+        pretrained: As in `longnet_zoo.create_model`. The weights are expected without a head;
+            where they have one, `options["num_classes"]` says of how many classes. A head of
+            another size is replaced by a new one.
+        options: Options of `longnet_zoo.create_model`.
+
+    Returns:
+        The model.
+    """
+    head = num_classes if pretrained is False else 0
+    model = lz.create_model(name, pretrained=pretrained, **{"num_classes": head, **(options or {})})
+    if model.num_classes != num_classes:
+        model.reset_classifier(num_classes)
+    return model
+
+
+def changed_options(model: nn.Module, name: str) -> dict[str, Any]:
+    """Returns the options that make a model again, without its pretrained weights.
+
+    Those may have brought options of their own, so what the user gave is not enough.
+
+    Args:
+        model: The model.
+        name: Its name in the registry.
+
+    Returns:
+        The fields of its config that differ from the registered one; the number of classes, which
+        recipes keep by themselves, is left out.
+    """
+    default = dataclasses.asdict(find_model(name).config)
+    options = dataclasses.asdict(model.config)
+    return {
+        key: value
+        for key, value in options.items()
+        if key != "num_classes" and value != default[key]
+    }
