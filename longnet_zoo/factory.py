@@ -28,6 +28,7 @@ from longnet_zoo.weights import (
     load_state_dict,
     options_of_names,
 )
+from longnet_zoo.weights.keys import as_arguments
 
 __all__ = ["ModelInfo", "create_model", "list_models", "model_info"]
 
@@ -228,14 +229,10 @@ def _check_sizes(entry: ModelEntry, config: Any, options: Mapping[str, Any], sou
     wanted = {name: getattr(entry.config, name) for name in found}
     if found != wanted:
         raise ValueError(
-            f"weights for {entry.name!r} must have {_as_arguments(wanted)}, {source} has "
-            f"{_as_arguments(found)}. Pass these as options, or call "
+            f"weights for {entry.name!r} must have {as_arguments(wanted)}, {source} has "
+            f"{as_arguments(found)}. Pass these as options, or call "
             f"{type(_build_empty(entry)).__name__}.from_pretrained on a folder."
         )
-
-
-def _as_arguments(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 def _published_options(entry: ModelEntry) -> dict[str, Any]:

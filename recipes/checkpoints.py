@@ -6,12 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 
 from longnet_zoo.registry import find_model, registered_models
 
-__all__ = ["check_settings", "check_state_dict", "last_checkpoint", "read_checkpoint"]
+__all__ = [
+    "check_checkpoint",
+    "check_settings",
+    "check_state_dict",
+    "last_checkpoint",
+    "read_checkpoint",
+]
 
 _LISTED = 8
 
@@ -60,6 +67,27 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             "file that a recipe wrote."
         )
     return checkpoint
+
+
+def check_checkpoint(task: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Compares a checkpoint that Lightning is about to load with the task it is for.
+
+    Args:
+        task: A task with the attribute `optimization`, an `OptimizationConfig`.
+        checkpoint: The content of the checkpoint.
+
+    Raises:
+        ValueError: The model differs, or the optimizer of a run that is resumed; the message says
+            in what.
+    """
+    # From Python, `load_from_checkpoint` takes other options on purpose.
+    if task._trainer is not None:
+        check_settings(task.hparams, checkpoint.get("hyper_parameters", {}))
+    # Sharded checkpoints are read piece by piece later.
+    if "state_dict" in checkpoint:
+        check_state_dict(task.state_dict(), checkpoint["state_dict"])
+    if task._trainer is not None and task.trainer.state.fn == "fit":
+        task.optimization.check_resumed(checkpoint["hyper_parameters"]["optimization"])
 
 
 def check_settings(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recipes.callbacks import ExactResumption, Throughput
-from recipes.checkpoints import check_settings, check_state_dict
+from recipes.checkpoints import check_checkpoint
 from recipes.classification_metrics import (
     UNLABELLED,
     ClassificationMetrics,
@@ -233,14 +233,7 @@ class ClassificationTask(L.LightningModule):
         Raises:
             ValueError: The model or the optimizer differs; the message says in what.
         """
-        # From Python, `load_from_checkpoint` takes other options on purpose.
-        if self._trainer is not None:
-            check_settings(self.hparams, checkpoint.get("hyper_parameters", {}))
-        # Sharded checkpoints are read piece by piece later.
-        if "state_dict" in checkpoint:
-            check_state_dict(self.state_dict(), checkpoint["state_dict"])
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            self.optimization.check_resumed(checkpoint["hyper_parameters"]["optimization"])
+        check_checkpoint(self, checkpoint)
         names = checkpoint.get("class_names")
         if names is not None:
             self._take_classes(names)

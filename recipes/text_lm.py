@@ -19,7 +19,7 @@ from torch import Tensor
 
 import longnet_zoo as lz
 from recipes.callbacks import ExactResumption, Throughput
-from recipes.checkpoints import check_settings, check_state_dict
+from recipes.checkpoints import check_checkpoint
 from recipes.cli import run
 from recipes.context_warmup import ContextWarmup
 from recipes.metrics import BitsPerByte
@@ -235,14 +235,7 @@ class TextLM(L.LightningModule):
         Raises:
             ValueError: The model or the optimizer differs; the message says in what.
         """
-        # From Python, `load_from_checkpoint` takes other options on purpose.
-        if self._trainer is not None:
-            check_settings(self.hparams, checkpoint.get("hyper_parameters", {}))
-        # Sharded checkpoints are read piece by piece later.
-        if "state_dict" in checkpoint:
-            check_state_dict(self.state_dict(), checkpoint["state_dict"])
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            self.optimization.check_resumed(checkpoint["hyper_parameters"]["optimization"])
+        check_checkpoint(self, checkpoint)
 
     def _loss(self, batch: dict[str, Tensor], *, reduction: Literal["mean", "sum"]) -> Tensor:
         return self.model.loss(

@@ -13,7 +13,7 @@ from torch.nn import functional
 __all__ = ["PatchEmbed", "resize_positions"]
 
 # DINO adds it to the new grid before it divides, so that rounding never loses a row
-# (github.com/facebookresearch/dino, issue 8). LongViT was trained with crops resized like this.
+# (github.com/facebookresearch/dino/issues/8). LongViT was trained with crops resized like this.
 _DINO_OFFSET = 0.1
 
 

@@ -12,7 +12,7 @@ from longnet_zoo.models import ModelConfig, ZooModel
 from longnet_zoo.registry import registered_models
 
 from . import beit3, gigapath, longvit, torchscale
-from .keys import Converter
+from .keys import Converter, as_arguments
 
 __all__ = ["CONVERTERS", "options_of_names", "to_published_state_dict"]
 
@@ -58,14 +58,10 @@ def options_of_names(
             "%s does not say by which rules it was trained; the model has %s. Pass the right ones "
             "(weights that began as published ones: %s). Folders of save_pretrained keep them.",
             source,
-            _as_arguments({name: getattr(config, name) for name in unknown}),
-            _as_arguments(unknown),
+            as_arguments({name: getattr(config, name) for name in unknown}),
+            as_arguments(unknown),
         )
     return {}
-
-
-def _as_arguments(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 def to_published_state_dict(model: ZooModel) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from longnet_zoo.models import ModelConfig, ZooModel
 __all__ = [
     "TORCHSCALE_LAYER_NAMES",
     "Converter",
+    "as_arguments",
     "layer_names",
     "parameter_names",
     "published_names",
@@ -170,3 +171,8 @@ def refuse_unpublished(
                 f"{code} has no counterpart of {name}={value!r}; it computes "
                 f"{name}={allowed[-1]!r}. It would give other outputs with these weights."
             )
+
+
+def as_arguments(options: Mapping[str, Any]) -> str:
+    """Shows options as a call would pass them: "embed_dim=128, num_layers=6"."""
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
