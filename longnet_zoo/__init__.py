@@ -3,7 +3,7 @@
 from . import timm_registry  # noqa: F401 - timm then knows the vision models
 from .factory import ModelInfo, create_model, list_models, model_info
 from .layers import DilatedAttention, MultiheadDilatedAttention
-from .ops import DilatedPattern, dilated_attention
+from .ops import DilatedPattern, dilated_attention, explain_backend
 
 __version__ = "0.1.0"
 
@@ -14,6 +14,7 @@ __all__ = [
     "MultiheadDilatedAttention",
     "create_model",
     "dilated_attention",
+    "explain_backend",
     "list_models",
     "model_info",
 ]

@@ -29,6 +29,10 @@ class _TorchRandom:
         torch.set_rng_state(state)
 
 
+if not torch.cuda.is_available():
+    # Before Triton is imported: its kernels then run on CPU tensors, one programme at a time.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 _TORCH_RANDOM = _TorchRandom()  # hypothesis keeps a weak reference only
 
 

@@ -14,6 +14,7 @@ def test_public_names_are_those_of_the_readme():
         "MultiheadDilatedAttention",
         "create_model",
         "dilated_attention",
+        "explain_backend",
         "list_models",
         "model_info",
     }

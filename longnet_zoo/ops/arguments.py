@@ -6,13 +6,25 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .kernels import BACKENDS
 from .pattern import DilatedPattern
 
-__all__ = ["check_arguments", "check_numbers"]
+__all__ = ["can_read", "check_arguments", "check_numbers"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def can_read(x: Tensor) -> bool:
+    """Whether the values of a tensor can be read, so that checks of them are possible.
+
+    They cannot be where there are none (fake and meta tensors), while a graph is compiled or
+    exported, and while a CUDA graph is captured, which a read would end.
+    """
+    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def check_arguments(

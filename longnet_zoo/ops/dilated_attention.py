@@ -13,18 +13,21 @@ Shape legend: b batch, n seq_len, h num_heads, d head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .arguments import check_arguments, check_numbers
+from .fused_softmax import FusedSoftmax
 from .joint_softmax import JointSoftmax
-from .kernels import Call, choose_kernel
+from .kernels import Call, capability_of, choose_kernel, triton
+from .packed_softmax import PackedSoftmax
 from .pattern import DilatedPattern, HeadOffset, PaddedKeys
 from .positions import check_xpos_range
-from .sequences import split_sequences
+from .sequences import SequenceGroup, split_sequences
 
 __all__ = ["DistanceBias", "dilated_attention"]
 
@@ -75,7 +78,7 @@ def dilated_attention(
             packed in one row, each attended by itself, its segments starting at its start.
         dropout_p: Probability of dropping an attention weight, in [0, 1).
         backend: `"auto"`, or a name of `ops.kernels.BACKENDS`. A gradient that flows in through
-            the LSE is always computed by `"math"`.
+            the LSE is computed by a kernel that serves it where the named one does not.
         return_lse: Whether to return the log-sum-exp as well.
 
     Returns:
@@ -86,11 +89,52 @@ def dilated_attention(
         ValueError: If shapes, dtypes or values do not fit, with the values.
         TypeError: If an argument is of the wrong kind.
         NotImplementedError: If a named backend cannot serve the call, with the reason.
+        RuntimeError: If the package of a named backend is absent or broken, with the cure.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 4096, 8, 64).unbind(0)
         >>> out = dilated_attention(q, k, v, DilatedPattern.geometric(512, 4096), is_causal=True)
     """
+    options = checked_options(
+        q,
+        k,
+        v,
+        pattern,
+        is_causal=is_causal,
+        scale=scale,
+        bias=bias,
+        xpos_scale_base=xpos_scale_base,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        dropout_p=dropout_p,
+        backend=backend,
+        return_lse=return_lse,
+        seed=torch.randint(2**62, (), dtype=torch.int64) if dropout_p else None,
+    )
+    out, lse = torch.ops.longnet_zoo.dilated_attention(
+        *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)), *options
+    )
+    return (out, lse) if return_lse else out
+
+
+def checked_options(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: DilatedPattern,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    bias: Tensor | DistanceBias | None,
+    xpos_scale_base: float | None,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dropout_p: float,
+    backend: str,
+    return_lse: bool,
+    seed: Tensor | None,
+) -> _Options:
+    """Checks the arguments of `dilated_attention` and makes those of the custom op."""
     check_arguments(q, k, v, pattern, bias, key_padding_mask, cu_seqlens, dropout_p, backend)
     check_numbers(scale=scale, xpos_scale_base=xpos_scale_base)
     seq_len, head_dim = q.shape[1], q.shape[3]
@@ -103,26 +147,23 @@ def dilated_attention(
             is_causal=is_causal,
             dtype=q.dtype,
         )
-    seed = torch.randint(2**62, (), dtype=torch.int64) if dropout_p else None
-    out, lse = torch.ops.longnet_zoo.dilated_attention(
-        *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)),
-        bias if isinstance(bias, Tensor) else None,
-        _distance_table(bias, span, q) if callable(bias) else None,
-        key_padding_mask,
-        cu_seqlens,
-        seed,
-        pattern.segment_lengths,
-        pattern.dilation_rates,
-        pattern.head_offset,
-        pattern.padded_keys,
-        is_causal,
-        head_dim**-0.5 if scale is None else scale,
-        xpos_scale_base,
-        dropout_p,
-        backend,
-        return_lse,
+    return _Options(
+        dense_bias=bias if isinstance(bias, Tensor) else None,
+        distance_bias=_distance_table(bias, span, q) if callable(bias) else None,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        seed=seed,
+        segment_lengths=pattern.segment_lengths,
+        dilation_rates=pattern.dilation_rates,
+        head_offset=pattern.head_offset,
+        padded_keys=pattern.padded_keys,
+        is_causal=is_causal,
+        scale=head_dim**-0.5 if scale is None else scale,
+        xpos_scale_base=xpos_scale_base,
+        dropout_p=dropout_p,
+        backend=backend,
+        return_lse=return_lse,
     )
-    return (out, lse) if return_lse else out
 
 
 def _distance_table(bias: DistanceBias, span: int, q: Tensor) -> Tensor:
@@ -157,8 +198,8 @@ class _Options(NamedTuple):
     key_padding_mask: Tensor | None
     cu_seqlens: Tensor | None
     seed: Tensor | None
-    segment_lengths: list[int]
-    dilation_rates: list[int]
+    segment_lengths: Sequence[int]
+    dilation_rates: Sequence[int]
     head_offset: HeadOffset
     padded_keys: PaddedKeys
     is_causal: bool
@@ -168,8 +209,18 @@ class _Options(NamedTuple):
     backend: str
     return_lse: bool
 
-    def problem(self, q: Tensor, *, has_lse_grad: bool = False) -> JointSoftmax:
-        """Finds the sequences and the kernel of a call."""
+    @property
+    def pattern(self) -> DilatedPattern:
+        """The schedule."""
+        return DilatedPattern(
+            segment_lengths=tuple(self.segment_lengths),
+            dilation_rates=tuple(self.dilation_rates),
+            head_offset=self.head_offset,
+            padded_keys=self.padded_keys,
+        )
+
+    def sequences(self, q: Tensor) -> tuple[list[SequenceGroup], Tensor | None]:
+        """Finds what is attended by itself, and padding that is not at the end of its row."""
         groups, is_hidden = split_sequences(
             q, self.key_padding_mask, self.cu_seqlens, is_single=self.dense_bias is not None
         )
@@ -178,23 +229,48 @@ class _Options(NamedTuple):
                 "padded_keys='zero' has no meaning with padding before or between tokens; "
                 "key_padding_mask must be right padding, or use padded_keys='ignore'."
             )
-        has_bias = any(x is not None for x in (self.dense_bias, self.distance_bias, is_hidden))
-        call = Call(
+        return groups, is_hidden
+
+    def call(
+        self,
+        q: Tensor,
+        *,
+        has_hidden_keys: bool,
+        is_backward: bool = False,
+        has_lse_grad: bool = False,
+    ) -> Call:
+        """Says what the kernel of one pass is asked for."""
+        has_dropout = self.dropout_p > 0
+        return Call(
             device_type=q.device.type,
             dtype=q.dtype,
             head_dim=q.shape[3],
-            has_bias=has_bias,
-            has_dropout=self.dropout_p > 0,
+            capability=capability_of(q.device),
+            has_dense_bias=self.dense_bias is not None,
+            has_distance_bias=self.distance_bias is not None,
+            has_hidden_keys=has_hidden_keys,
+            has_unnested_xpos=self.xpos_scale_base is not None and not self.pattern.is_nested,
+            has_dropout=has_dropout,
+            # Kernels draw their own dropout: with it, both passes must make the same choice.
+            is_backward=is_backward and not has_dropout,
+            has_lse_grad=has_lse_grad or (has_dropout and self.return_lse),
+        )
+
+    def problem(
+        self, q: Tensor, *, is_backward: bool = False, has_lse_grad: bool = False
+    ) -> JointSoftmax:
+        """Finds the sequences and the kernel of a call."""
+        groups, is_hidden = self.sequences(q)
+        call = self.call(
+            q,
+            has_hidden_keys=is_hidden is not None,
+            is_backward=is_backward,
             has_lse_grad=has_lse_grad,
         )
-        return JointSoftmax(
-            pattern=DilatedPattern(
-                segment_lengths=tuple(self.segment_lengths),
-                dilation_rates=tuple(self.dilation_rates),
-                head_offset=self.head_offset,
-                padded_keys=self.padded_keys,
-            ),
-            kernel=choose_kernel("auto" if has_lse_grad else self.backend, call),
+        kernel = choose_kernel(self.backend, call)
+        return self._solver(kernel, call, groups)(
+            pattern=self.pattern,
+            kernel=kernel,
             groups=groups,
             is_causal=self.is_causal,
             scale=self.scale,
@@ -205,6 +281,16 @@ class _Options(NamedTuple):
             dropout_p=self.dropout_p,
             seed=0 if self.seed is None else int(self.seed),
         )
+
+    def _solver(
+        self, kernel: ModuleType, call: Call, groups: list[SequenceGroup]
+    ) -> type[JointSoftmax]:
+        if kernel is triton:
+            return FusedSoftmax
+        can_pack = self.padded_keys == "ignore" and not call.has_unnested_xpos
+        if len(groups) > 1 and can_pack and hasattr(kernel, "forward_packed"):
+            return PackedSoftmax
+        return JointSoftmax
 
 
 _OPTIONS_SCHEMA = (
@@ -236,7 +322,7 @@ def _backward(
     lse: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem = _Options(*options).problem(q, has_lse_grad=lse_grad is not None)
+    problem = _Options(*options).problem(q, is_backward=True, has_lse_grad=lse_grad is not None)
     out_grad = out_grad if out_grad.stride(-1) == 1 else out_grad.contiguous()
     with torch.autocast(q.device.type, enabled=False):
         q_grad, k_grad, v_grad, bias_grad = problem.backward(out_grad, lse_grad, q, k, v, out, lse)

@@ -23,7 +23,7 @@ from .kernels.bias import LogitBias
 from .kernels.call import BlockOptions, Dropout
 from .merge import add_zero_keys_, merge_
 from .pattern import DilatedPattern
-from .positions import xpos_zeta
+from .positions import float64_device, xpos_zeta
 from .schedule import Block, blocks_of, view_pairs, view_rows
 from .sequences import SequenceGroup
 
@@ -160,6 +160,7 @@ class JointSoftmax:
                     options = BlockOptions(
                         scale=self.scale,
                         is_causal=self.is_causal,
+                        is_kv_shared=block.kv_head_step == block.head_skew == 0,
                         bias=bias,
                         dropout=dropout if self.dropout_p else None,
                     )
@@ -235,7 +236,7 @@ class JointSoftmax:
         longest = self.pattern.segment_lengths[-1]
         decayed = torch.zeros_like(q), torch.zeros_like(k)
         for group in self.groups:
-            place = torch.arange(group.length, dtype=torch.float64) % longest
+            place = _float64_range(group.length, q) % longest
             factors = self._xpos_factors(place - (min(longest, group.length) - 1) / 2, q)
             torch.mul(group.select(q), factors, out=group.select(decayed[0]))
             torch.mul(group.select(k), 1 / factors, out=group.select(decayed[1]))
@@ -245,7 +246,7 @@ class JointSoftmax:
         """Multiplies by the xPos factors of the block's own segment, if segments do not nest."""
         if self.xpos_scale_base is None or self.pattern.is_nested:
             return q_rows, k_rows
-        rows = torch.arange(block.num_rows, dtype=torch.float64)
+        rows = _float64_range(block.num_rows, q_rows)
         factors = self._xpos_factors((rows - (block.num_rows - 1) / 2) * block.row_step, q_rows)
         return (q_rows * factors).to(q_rows.dtype), (k_rows / factors).to(k_rows.dtype)
 
@@ -255,7 +256,7 @@ class JointSoftmax:
         Places count from the middle of a segment, where the factors are smallest.
         """
         assert self.xpos_scale_base is not None
-        log_zeta = xpos_zeta(like.shape[-1]).log()
+        log_zeta = xpos_zeta(like.shape[-1], device=places.device).log()
         factors = torch.exp(places[:, None] / self.xpos_scale_base * log_zeta)
         factors = factors.to(_sum_dtype(like)).repeat_interleave(2, dim=1)
         return factors.unsqueeze(1).to(like.device)
@@ -303,6 +304,11 @@ def _add(total: Tensor, grad: Tensor, *, is_first: bool) -> None:
 def _unshared(bias_grad: Tensor) -> Tensor:
     """The view (u, t, t) with a head axis of one where all heads share the bias."""
     return bias_grad[:1] if bias_grad.stride(0) == 0 else bias_grad
+
+
+def _float64_range(length: int, like: Tensor) -> Tensor:
+    # On the device of `like`: a copy would stall a GPU, and end a CUDA graph.
+    return torch.arange(length, dtype=torch.float64, device=float64_device(like.device))
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

@@ -10,6 +10,8 @@ An LSE of -inf stands for "no key"; zero is an ordinary value.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,6 @@ def merge_(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
 
 def add_zero_keys_(out: Tensor, lse: Tensor, num_zero_keys: int) -> None:
     """Joins `num_zero_keys` keys with logit 0 and value 0 into a partial result in place."""
-    joint = torch.logaddexp(lse, lse.new_tensor(float(num_zero_keys)).log())
+    joint = torch.logaddexp(lse, lse.new_full((), math.log(num_zero_keys)))
     out.mul_(torch.exp(lse - joint).unsqueeze(-1))
     lse.copy_(joint)

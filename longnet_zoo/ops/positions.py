@@ -21,6 +21,7 @@ __all__ = [
     "alibi_slopes",
     "apply_rotary",
     "check_xpos_range",
+    "float64_device",
     "relative_buckets",
     "rotary_tables",
     "xpos_zeta",
@@ -54,11 +55,14 @@ def rotary_tables(
     if not base > 1.0:
         raise ValueError(f"base must be above 1, got {base}. The usual value is 10000.")
     device = positions.device
-    work_device = torch.device("cpu") if device.type == "mps" else device
+    work_device = float64_device(device)
     pairs = torch.arange(head_dim // 2, device=work_device, dtype=torch.float64)
     frequencies = base ** (-2.0 * pairs / head_dim)
     chunks = []
-    for chunk in positions.to(work_device).split(_POSITIONS_PER_CHUNK):
+    positions = positions.to(work_device)
+    # A compiler makes no float64 tables, but would make a graph for every number of chunks.
+    is_compiling = torch.compiler.is_compiling()
+    for chunk in (positions,) if is_compiling else positions.split(_POSITIONS_PER_CHUNK):
         angles = chunk.to(torch.float64)[:, None] * frequencies
         chunks.append((angles.cos().float(), angles.sin().float()))
     if len(chunks) == 1:
@@ -111,14 +115,25 @@ def _turn_real(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
 
 
-def xpos_zeta(head_dim: int) -> Tensor:
+def float64_device(device: torch.device | str) -> torch.device:
+    """Where float64 is computed for a device: on the CPU for MPS, which has none."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def xpos_zeta(head_dim: int, *, device: torch.device | str = "cpu") -> Tensor:
     """Computes xPos's decay per channel pair, zeta_c = (2c/d + 0.4) / 1.4: float64 (head_dim / 2,).
+
+    Args:
+        head_dim: Channels per head, even.
+        device: Where it is computed; one with float64.
 
     Raises:
         ValueError: If `head_dim` is odd.
     """
     _check_head_dim(head_dim)
-    return (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim + 0.4) / 1.4
+    channels = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64)
+    return (channels / head_dim + 0.4) / 1.4
 
 
 def check_xpos_range(
@@ -171,11 +186,15 @@ def _largest_log_factor(is_causal: bool, dtype: torch.dtype) -> float:
     return min(factor_limit, (math.log(torch.finfo(sum_dtype).max) - 3.7) / 2)
 
 
-def alibi_slopes(num_heads: int) -> Tensor:
-    """Computes ALiBi's slope per head: float32 (num_heads,), on the CPU.
+def alibi_slopes(num_heads: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """Computes ALiBi's slope per head: float32 (num_heads,).
 
     For a power of two the slopes are 2^(-8/h), 2^(-16/h), ..., 2^-8. Otherwise they are those of
     the next lower power of two p, then every other one of 2p, as in the paper's code.
+
+    Args:
+        num_heads: Number of heads.
+        device: Where they are computed, so that no copy stalls a GPU or ends a CUDA graph.
 
     Raises:
         ValueError: If `num_heads` is below 1.
@@ -183,9 +202,9 @@ def alibi_slopes(num_heads: int) -> Tensor:
     if num_heads < 1:
         raise ValueError(f"num_heads must be at least 1, got {num_heads}.")
     power = 2 ** (num_heads.bit_length() - 1)
-    exponents = [8.0 * (i + 1) / power for i in range(power)]
-    exponents += [4.0 * (2 * i + 1) / power for i in range(num_heads - power)]
-    return torch.tensor([2.0**-exponent for exponent in exponents], device="cpu")
+    heads = torch.arange(num_heads, device=float64_device(device), dtype=torch.float64)
+    exponents = torch.where(heads < power, 8 * (heads + 1), 4 * (2 * (heads - power) + 1)) / power
+    return (2.0**-exponents).float().to(device)
 
 
 def relative_buckets(
@@ -221,24 +240,25 @@ def relative_buckets(
             "max_distance must exceed the number of exact buckets, got "
             f"max_distance={max_distance} and {num_exact} exact of num_buckets={num_buckets}."
         )
-    starts = _bucket_starts(num_directed, num_exact, max_distance)
+    starts = _bucket_starts(num_directed, num_exact, max_distance, distances.device)
     lengths = distances.abs() if bidirectional else (-distances).clamp(min=0)
-    boundaries = torch.tensor(starts, device=distances.device)
-    buckets = torch.bucketize(lengths, boundaries, right=True)
+    buckets = torch.bucketize(lengths, starts, right=True)
     if bidirectional:
         buckets = buckets + (distances > 0) * num_directed
     return buckets
 
 
-def _bucket_starts(num_directed: int, num_exact: int, max_distance: int) -> list[int]:
+def _bucket_starts(
+    num_directed: int, num_exact: int, max_distance: int, device: torch.device
+) -> Tensor:
     # Integers, so that no rounding of a logarithm moves a distance to its neighbour's bucket; the
-    # small amount is subtracted for powers that are whole numbers but for rounding.
+    # small amount is subtracted for powers that are whole numbers but for rounding. Made on the
+    # device, since a copy would stall a GPU and end a CUDA graph.
     ratio, num_log = max_distance / num_exact, num_directed - num_exact
-    logarithmic = [
-        math.ceil(num_exact * ratio ** (k / num_log) - 1e-9 * max_distance)
-        for k in range(1, num_log)
-    ]
-    return [*range(1, num_exact + 1), *logarithmic]
+    shares = torch.arange(1, num_log, device=float64_device(device), dtype=torch.float64) / num_log
+    logarithmic = (num_exact * ratio**shares - 1e-9 * max_distance).ceil()
+    exact = torch.arange(1, num_exact + 1, device=device)
+    return torch.cat([exact, logarithmic.to(device, torch.int64)])
 
 
 def _check_head_dim(head_dim: int) -> None:

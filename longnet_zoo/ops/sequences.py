@@ -11,6 +11,8 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
+from .arguments import can_read
+
 __all__ = ["SequenceGroup", "split_sequences"]
 
 
@@ -43,6 +45,8 @@ def split_sequences(
 ) -> tuple[list[SequenceGroup], Tensor | None]:
     """Finds the sequences that are attended by themselves.
 
+    While a CUDA graph is captured no mask can be read, so right padding stays a mask as well.
+
     Args:
         x: Any tensor (b, n, ...).
         key_padding_mask: True at padding, (b, n). Right padding becomes the sequences' lengths.
@@ -54,9 +58,16 @@ def split_sequences(
 
     Raises:
         ValueError: If `cu_seqlens` does not rise from 0 to n.
+        NotImplementedError: If `cu_seqlens` cannot be read, since a CUDA graph is captured.
     """
     batch, seq_len = x.shape[:2]
     if cu_seqlens is not None:
+        if not can_read(cu_seqlens):
+            raise NotImplementedError(
+                "cu_seqlens decides what is computed, so it cannot be part of a CUDA graph, got "
+                f"{len(cu_seqlens) - 1} packed sequences while one is captured. Pass a batch with "
+                "key_padding_mask, or run without a graph."
+            )
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != seq_len or sorted(set(bounds)) != bounds:
             raise ValueError(
@@ -66,6 +77,8 @@ def split_sequences(
         return _grouped(lengths, is_packed=True, is_single=is_single), None
     if key_padding_mask is None:
         return _grouped([seq_len] * batch, is_packed=False), None
+    if not can_read(key_padding_mask):
+        return _grouped([seq_len] * batch, is_packed=False), key_padding_mask
     lengths_tensor = seq_len - key_padding_mask.sum(1)
     is_beyond = torch.arange(seq_len, device=x.device) >= lengths_tensor[:, None]
     if torch.equal(key_padding_mask, is_beyond):

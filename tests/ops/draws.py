@@ -49,6 +49,7 @@ class Call:
     scale: float | None = None
     layout: str = "plain"
     seed: int = 0
+    device: str = "cpu"
 
     @property
     def pattern(self) -> DilatedPattern:
@@ -85,12 +86,13 @@ class Call:
 
     def options(self) -> dict[str, object]:
         """Keyword arguments that hold no gradient."""
+        mask, cu_seqlens = self.key_padding_mask(), self.cu_seqlens()
         return {
             "is_causal": self.is_causal,
             "scale": self.scale,
             "xpos_scale_base": self.xpos_scale_base,
-            "key_padding_mask": self.key_padding_mask(),
-            "cu_seqlens": self.cu_seqlens(),
+            "key_padding_mask": None if mask is None else mask.to(self.device),
+            "cu_seqlens": None if cu_seqlens is None else cu_seqlens.to(self.device),
         }
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -98,12 +100,13 @@ class Call:
         generator = torch.Generator().manual_seed(self.seed)
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         shape = (self.batch, self.seq_len, sum(heads), self.head_dim)
-        packed = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        packed = torch.randn(shape, generator=generator, dtype=torch.float64)
+        packed = packed.to(self.device, dtype)
         parts = [_laid_out(part, self.layout) for part in packed.split(heads, dim=2)]
         inputs = dict(zip(("q", "k", "v"), parts, strict=True))
         if self.bias is not None:
             bias = 0.5 * torch.randn(self._bias_shape(), generator=generator).double()
-            inputs["bias"] = bias.to(torch.promote_types(dtype, torch.float32))
+            inputs["bias"] = bias.to(self.device, torch.promote_types(dtype, torch.float32))
         return {name: x.detach().requires_grad_() for name, x in inputs.items()}
 
     def as_bias(self, parameter: Tensor | None):
@@ -141,7 +144,8 @@ def cotangents(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out, lse = (
         torch.randn(s, generator=generator, dtype=torch.float64) for s in (shape, shape[:3])
     )
-    return out.to(dtype), lse.to(torch.promote_types(dtype, torch.float32))
+    lse_dtype = torch.promote_types(dtype, torch.float32)
+    return out.to(call.device, dtype), lse.to(call.device, lse_dtype)
 
 
 def sum_loss(out: Tensor, lse: Tensor | None, factors: tuple[Tensor, Tensor]) -> Tensor:

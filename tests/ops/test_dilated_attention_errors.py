@@ -248,7 +248,7 @@ def test_xpos_that_would_overflow(dtype, scale_base, is_causal):
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["flash3", "", "SDPA", None])
+@pytest.mark.parametrize("backend", ["flash9", "", "SDPA", None])
 def test_a_backend_that_does_not_exist(backend):
     with pytest.raises(ValueError, match=rf"backend must be one of .*'sdpa'.*got {backend!r}"):
         attend(backend=backend)
@@ -257,9 +257,9 @@ def test_a_backend_that_does_not_exist(backend):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"bias": torch.zeros(1, 1, 9, 9)}, "additive logits"),
-        ({"bias": lambda distances: distances.float().expand(4, -1)}, "additive logits"),
-        ({"key_padding_mask": torch.eye(2, 9, dtype=torch.bool)}, "masks other than right"),
+        ({"bias": torch.zeros(1, 1, 9, 9)}, "a bias by pairs of positions"),
+        ({"bias": lambda distances: distances.float().expand(4, -1)}, "a bias by distance"),
+        ({"key_padding_mask": torch.eye(2, 9, dtype=torch.bool)}, "padding before or between"),
         ({"dropout_p": 0.1}, "attention dropout"),
     ],
 )

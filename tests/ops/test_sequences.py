@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+from longnet_zoo.ops import sequences
+from longnet_zoo.ops.dilated_attention import dilated_attention
+from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.ops.sequences import split_sequences
 
 
@@ -46,3 +49,31 @@ def test_bounds_must_rise_to_the_end(bounds):
     message = rf"rise strictly from 0 to seq_len=6, got \[{', '.join(map(str, bounds))}\]"
     with pytest.raises(ValueError, match=message):
         split_sequences(torch.empty(1, 6), None, cu_seqlens, is_single=False)
+
+
+def test_right_padding_stays_a_mask_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(sequences, "can_read", lambda x: False)
+    mask = torch.arange(7) >= torch.tensor([[5], [5], [0]])
+    groups, is_hidden = split_sequences(torch.empty(3, 7), mask, None, is_single=False)
+    assert spans(groups) == [(False, 0, 3, 7)]
+    assert is_hidden is mask
+
+
+def test_packed_sequences_cannot_be_captured(monkeypatch):
+    monkeypatch.setattr(sequences, "can_read", lambda x: False)
+    bounds = torch.tensor([0, 2, 6], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match=r"CUDA graph, got 2 packed sequences.*without"):
+        split_sequences(torch.empty(1, 6), None, bounds, is_single=False)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_right_padding_as_a_mask_gives_the_same(monkeypatch, is_causal):
+    """Without zero keys a segment that ends early and one whose end is hidden are the same."""
+    pattern = DilatedPattern(segment_lengths=(5, 11, 23), dilation_rates=(1, 3, 2))
+    q, k, v = torch.randn(3, 4, 31, 3, 8, dtype=torch.float64).unbind()
+    mask = torch.arange(31) >= torch.tensor([[31], [17], [3], [0]])
+    options = {"is_causal": is_causal, "key_padding_mask": mask, "return_lse": True}
+    expected = dilated_attention(q, k, v, pattern, **options)
+    monkeypatch.setattr(sequences, "can_read", lambda x: False)
+    found = dilated_attention(q, k, v, pattern, **options)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)

@@ -19,7 +19,13 @@ class Call:
         device_type: `torch.device.type` of the tensors.
         dtype: Dtype of queries, keys and values.
         head_dim: Size of a head.
-        has_bias: Whether anything is added to the logits, hidden keys included.
+        capability: Compute capability of an NVIDIA GPU, such as (9, 0); None elsewhere.
+        is_backward: Whether gradients are computed.
+        has_dense_bias: Whether a tensor of pairs is added to the logits.
+        has_distance_bias: Whether a function of distances is added to the logits.
+        has_hidden_keys: Whether there is padding other than at the end of a row.
+        has_unnested_xpos: Whether each branch has its own xPos factors, since its segments do not
+            nest in the longest one.
         has_dropout: Whether attention dropout is active.
         has_lse_grad: Whether a gradient flows in through the LSE.
     """
@@ -27,14 +33,21 @@ class Call:
     device_type: str
     dtype: torch.dtype
     head_dim: int
-    has_bias: bool = False
+    capability: tuple[int, int] | None = None
+    is_backward: bool = False
+    has_dense_bias: bool = False
+    has_distance_bias: bool = False
+    has_hidden_keys: bool = False
+    has_unnested_xpos: bool = False
     has_dropout: bool = False
     has_lse_grad: bool = False
 
     def beyond_fused(self) -> str | None:
-        """Says which property PyTorch's fused kernels do not serve, or None."""
+        """Says which property kernels of plain attention do not serve, or None."""
         for is_asked, what in (
-            (self.has_bias, "additive logits (bias, ALiBi, masks other than right padding)"),
+            (self.has_dense_bias, "a bias by pairs of positions"),
+            (self.has_distance_bias, "a bias by distance"),
+            (self.has_hidden_keys, "padding before or between tokens"),
             (self.has_dropout, "attention dropout"),
             (self.has_lse_grad, "a gradient through the LSE"),
         ):
@@ -72,11 +85,14 @@ class BlockOptions:
     Attributes:
         scale: Factor on the dot products.
         is_causal: Whether row i sees the keys up to i only.
+        is_kv_shared: Whether the heads of k and v are one head, repeated with stride zero. Its
+            gradients may come summed, with one head.
         bias: What is added to the logits.
         dropout: Attention dropout.
     """
 
     scale: float
     is_causal: bool
+    is_kv_shared: bool = False
     bias: LogitBias | None = None
     dropout: Dropout | None = None

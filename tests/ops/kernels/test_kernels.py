@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from longnet_zoo.ops.kernels import Call, choose_kernel, cudnn, efficient, math, sdpa
+from longnet_zoo.ops.kernels import (
+    KERNELS,
+    Call,
+    capability_of,
+    cudnn,
+    efficient,
+    math,
+    refusal_of,
+    sdpa,
+)
 from longnet_zoo.ops.kernels.bias import LogitBias
 from longnet_zoo.ops.kernels.call import BlockOptions, Dropout
 
@@ -78,46 +87,42 @@ def test_dropout_is_the_same_when_drawn_again():
     assert factors.mean().item() == pytest.approx(1.0, abs=0.05)
 
 
-def test_auto_takes_the_fused_kernel_and_falls_back_to_math():
-    assert choose_kernel("auto", cpu_call()) is sdpa
-    for extra in ("has_bias", "has_dropout", "has_lse_grad"):
-        assert choose_kernel("auto", cpu_call(**{extra: True})) is math
-    assert choose_kernel("auto", cpu_call(device_type="cuda", head_dim=7)) is math
-    cuda = {"device_type": "cuda", "head_dim": 64}
-    assert choose_kernel("auto", Call(dtype=torch.float32, **cuda)) is efficient
-    assert choose_kernel("auto", Call(dtype=torch.bfloat16, **cuda)) is sdpa
-    assert choose_kernel("cudnn", Call(dtype=torch.bfloat16, **cuda)) is cudnn
-
-
 @pytest.mark.parametrize(
-    ("backend", "changes", "reason"),
+    ("kernel", "changes", "reason"),
     [
-        ("sdpa", {"has_bias": True}, "'sdpa' does not support additive logits"),
-        ("sdpa", {"has_dropout": True}, "'sdpa' does not support attention dropout"),
-        ("sdpa", {"has_lse_grad": True}, "'sdpa' does not support a gradient through the LSE"),
-        ("sdpa", {"device_type": "mps"}, "'sdpa' needs a device among .*, got 'mps'"),
-        ("sdpa", {"dtype": torch.complex64}, "'sdpa' does not support torch.complex64"),
-        ("sdpa", {"device_type": "cuda", "dtype": torch.half, "head_dim": 12}, "got 12"),
-        ("efficient", {}, "'efficient' needs a CUDA device, got 'cpu'"),
-        ("efficient", {"device_type": "cuda", "dtype": torch.double}, "torch.float64"),
-        ("efficient", {"device_type": "cuda", "head_dim": 12}, "divisible by 8, got 12"),
-        ("cudnn", {}, "'cudnn' needs a CUDA device, got 'cpu'"),
-        ("cudnn", {"device_type": "cuda"}, "'cudnn' does not support torch.float32"),
-        ("cudnn", {"device_type": "cuda", "dtype": torch.half, "head_dim": 136}, "got 136"),
+        (sdpa, {"has_dense_bias": True}, "does not support a bias by pairs of positions"),
+        (sdpa, {"has_distance_bias": True}, "does not support a bias by distance"),
+        (sdpa, {"has_hidden_keys": True}, "does not support padding before or between tokens"),
+        (sdpa, {"has_dropout": True}, "does not support attention dropout"),
+        (sdpa, {"has_lse_grad": True}, "does not support a gradient through the LSE"),
+        (sdpa, {"device_type": "mps"}, "needs a device among ('cpu', 'cuda'), got 'mps'"),
+        (sdpa, {"dtype": torch.complex64}, "does not support torch.complex64"),
+        (sdpa, {"device_type": "cuda", "dtype": torch.half, "head_dim": 12}, "got 12"),
+        (efficient, {}, "needs a CUDA device, got 'cpu'"),
+        (efficient, {"device_type": "cuda", "dtype": torch.double}, "torch.float64"),
+        (efficient, {"device_type": "cuda", "head_dim": 12}, "divisible by 8, got 12"),
+        (cudnn, {}, "needs a CUDA device, got 'cpu'"),
+        (cudnn, {"device_type": "cuda"}, "does not support torch.float32"),
+        (cudnn, {"device_type": "cuda", "dtype": torch.half, "head_dim": 136}, "got 136"),
     ],
 )
-def test_a_named_backend_that_cannot_serve_says_why(backend, changes, reason):
-    with pytest.raises(NotImplementedError, match=rf"{reason}.*Use backend='auto'"):
-        choose_kernel(backend, cpu_call(**changes))
+def test_a_kernel_says_what_it_does_not_support(kernel, changes, reason):
+    assert reason in kernel.supports(cpu_call(**changes))
+
+
+def test_what_the_schedule_does_itself_is_no_matter_of_the_kernel():
+    assert sdpa.supports(cpu_call(has_unnested_xpos=True, is_backward=True)) is None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", [sdpa, cudnn, efficient])
+@pytest.mark.parametrize("name", ["sdpa", "cudnn", "efficient", "flash2", "flash3", "flash4"])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gpu_kernels_agree_with_math(kernel, is_causal, dtype):
-    if kernel.supports(Call(device_type="cuda", dtype=dtype, head_dim=64)):
-        pytest.skip(f"{kernel.NAME} does not support {dtype} on CUDA")
+def test_gpu_kernels_agree_with_math(name, is_causal, dtype):
+    kernel, capability = KERNELS[name], capability_of(torch.device("cuda"))
+    call = Call(device_type="cuda", dtype=dtype, head_dim=64, capability=capability)
+    if refusal := refusal_of(kernel, call):
+        pytest.skip(f"{name} {refusal.reason}")
     shape = (2, 301, 4, 64)
     q, k, v, out_grad = (torch.randn(shape, device="cuda", dtype=dtype)[:, ::3] for _ in range(4))
     options = BlockOptions(scale=0.125, is_causal=is_causal)
