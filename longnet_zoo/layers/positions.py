@@ -64,11 +64,11 @@ class AlibiBias(nn.Module):
     def __init__(self, *, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self._slopes = alibi_slopes(num_heads).tolist()
+        alibi_slopes(num_heads)  # Bad arguments fail here.
 
     def forward(self, distances: Tensor) -> Tensor:
         """Computes the bias of each head: float32 (num_heads, m) for distances (m,)."""
-        slopes = torch.tensor(self._slopes, dtype=torch.float32, device=distances.device)
+        slopes = alibi_slopes(self.num_heads, device=distances.device)
         return -slopes[:, None] * distances.abs().to(torch.float32)
 
     def extra_repr(self) -> str:

@@ -13,6 +13,8 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from longnet_zoo.ops.arguments import can_read
+
 __all__ = [
     "check_choices",
     "check_flags",
@@ -110,8 +112,8 @@ def check_tokens(tokens: Tensor, *, vocab_size: int, length: str = "seq_len") ->
             f"tokens must be (batch, {length}) with at least one token, got "
             f"{tuple(tokens.shape)}. Add the batch with tokens[None] if there is none."
         )
-    # Reading values would stall a GPU (which checks by itself) and break a compiled graph.
-    if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+    # Reading values would stall a GPU, which checks by itself.
+    if tokens.device.type == "cpu" and can_read(tokens):
         lowest, highest = torch.stack(tokens.aminmax()).tolist()
         if lowest < 0 or highest >= vocab_size:
             raise ValueError(

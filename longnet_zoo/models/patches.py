@@ -5,6 +5,7 @@ Shape legend: b batch, e embed_dim; a grid is (rows, columns) of patches.
 
 from __future__ import annotations
 
+import torch
 from einops import rearrange
 from timm.layers import resample_patch_embed
 from torch import Tensor, nn
@@ -104,10 +105,34 @@ def resize_positions(
     """
     if old_grid == new_grid:
         return table
-    image = rearrange(table.float(), "b (rows columns) e -> b e rows columns", rows=old_grid[0])
-    if offset:
+    # Not the parameter itself goes to einops: it notes every type it sees, and compiled code is
+    # compiled anew when that note changes.
+    image = rearrange(table.unflatten(1, old_grid).float(), "b rows columns e -> b e rows columns")
+    if torch.compiler.is_compiling():
+        # The same by a formula: torch's kernel takes its scale as a constant, hence would be
+        # compiled anew for every size.
+        for dim, size in zip((2, 3), new_grid, strict=True):
+            image = _resize_axis(image, dim, size, offset)
+    elif offset:
         scale = [(new + offset) / old for old, new in zip(old_grid, new_grid, strict=True)]
         image = functional.interpolate(image, scale_factor=scale, mode="bicubic")
     else:
         image = functional.interpolate(image, size=new_grid, mode="bicubic")
     return rearrange(image, "b e rows columns -> b (rows columns) e").to(table.dtype)
+
+
+def _resize_axis(x: Tensor, dim: int, size: int, offset: float) -> Tensor:
+    """Interpolates along an axis by the cubic convolution of four neighbours (a = -0.75)."""
+    old_size = x.shape[dim]
+    places = torch.arange(size, device=x.device, dtype=torch.float32)
+    centres = (places + 0.5) * (old_size / (size + offset)) - 0.5
+    total = torch.zeros((), device=x.device)
+    for neighbour in (-1, 0, 1, 2):
+        rows = centres.floor() + neighbour
+        distance = (centres - rows).abs()
+        near = (1.25 * distance - 2.25) * distance**2 + 1
+        far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3
+        weights = torch.where(distance <= 1, near, far)
+        taken = x.index_select(dim, rows.clamp(0, old_size - 1).long())
+        total = total + taken * weights.view(-1, *(1,) * (x.ndim - 1 - dim))
+    return total

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from longnet_zoo.ops.arguments import can_read
 from longnet_zoo.registry import PublishedWeights, register_model
 
 from .base import ZooModel, make_stack
@@ -108,7 +109,8 @@ class GigaPathSlideEncoder(ZooModel):
             tile_size: Pixels from one tile to the next at level 0; None: that of the config.
             check_coords: Whether to check that tiles lie `tile_size` apart, one to a cell; False
                 takes tiles that overlap or leave gaps. That coordinates are pixels inside the grid
-                is checked all the same. While a graph is compiled or exported, neither is.
+                is checked all the same. While a graph is compiled, exported or captured, nothing
+                of this is.
 
         Returns:
             Embeddings (batch, embed_dim), or logits (batch, num_classes).
@@ -269,8 +271,7 @@ class GigaPathSlideEncoder(ZooModel):
         config = self.config
         tile_size = config.tile_size if tile_size is None else tile_size
         check_slides(tiles, coords, padding_mask, tile_size=tile_size, input_dim=config.input_dim)
-        # Reading values would break a graph.
-        if not torch.compiler.is_compiling():
+        if can_read(coords):
             if padding_mask is not None:
                 check_padding(padding_mask)
             check_coordinates(

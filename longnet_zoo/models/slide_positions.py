@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from longnet_zoo.ops.positions import float64_device
+
 __all__ = ["grid_cells", "sincos_positions"]
 
 
@@ -45,8 +47,7 @@ def sincos_positions(cells: Tensor, embed_dim: int, *, grid_size: int) -> Tensor
     Returns:
         Embeddings, float32 (..., embed_dim), on the device of `cells`.
     """
-    # MPS has no float64.
-    work_device = "cpu" if cells.device.type == "mps" else cells.device
+    work_device = float64_device(cells.device)
     exponents = torch.arange(embed_dim // 4, device=work_device, dtype=torch.float64)
     frequencies = 10000.0 ** (-4.0 * exponents / embed_dim)
     axis = torch.arange(grid_size, device=work_device, dtype=torch.float64)
