@@ -14,6 +14,7 @@ from typing import Any, Literal
 from timm.data import Mixup
 from torch import Tensor
 
+from longnet_zoo.layers import MemorySaving
 from recipes.classification import ClassificationTask
 from recipes.classifiers import changed_options, check_modality, create_classifier
 from recipes.cli import run
@@ -72,7 +73,8 @@ class ImageClassifier(ClassificationTask):
         label_smoothing: Part of each training label that is spread over all classes.
         optimization: Optimizer and learning rate, by optimizer step.
         warmup_epochs: Sets `optimization.warmup_steps` for data of any size.
-        grad_checkpointing: Computes activations again in the backward pass to save memory.
+        memory_saving: How training saves memory, by computing again in the backward pass; null
+            does not, which is fastest. See docs/memory.md.
     """
 
     unit = "images"
@@ -89,7 +91,7 @@ class ImageClassifier(ClassificationTask):
         label_smoothing: float = 0.0,
         optimization: OptimizationConfig = OptimizationConfig(),  # noqa: B008 - frozen
         warmup_epochs: float = 0.0,
-        grad_checkpointing: bool = False,
+        memory_saving: MemorySaving | None = None,
     ) -> None:
         super().__init__(
             num_classes=num_classes,
@@ -98,11 +100,13 @@ class ImageClassifier(ClassificationTask):
             optimization=optimization,
             warmup_epochs=warmup_epochs,
         )
+        if isinstance(memory_saving, dict):
+            memory_saving = MemorySaving(**memory_saving)
         check_modality(model_name, "vision", "vision-language", kind="a vision model")
         self.model = create_classifier(
             model_name, num_classes=num_classes, pretrained=pretrained, options=model_options
         )
-        self.model.set_grad_checkpointing(grad_checkpointing)
+        self.model.set_memory_saving(memory_saving)
         mixup = MixupConfig(**mixup) if isinstance(mixup, dict) else mixup
         # Plain values only, so that checkpoints load with weights_only=True.
         self.save_hyperparameters(
@@ -115,7 +119,7 @@ class ImageClassifier(ClassificationTask):
                 "label_smoothing": label_smoothing,
                 "optimization": dataclasses.asdict(self.optimization),
                 "warmup_epochs": warmup_epochs,
-                "grad_checkpointing": grad_checkpointing,
+                "memory_saving": memory_saving and dataclasses.asdict(memory_saving),
             }
         )
         self._mixup = None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import longnet_zoo as lz
+from longnet_zoo.layers import MemorySaving
 from recipes.classification import ClassificationTask, limited
 from recipes.classifiers import changed_options, check_modality
 from recipes.cli import run
@@ -51,7 +52,8 @@ class SlideClassifier(ClassificationTask):
         label_smoothing: Part of each training label that is spread over all classes.
         optimization: Optimizer and learning rate, by optimizer step.
         warmup_epochs: Sets `optimization.warmup_steps` for data of any size.
-        grad_checkpointing: Computes activations again in the backward pass to save memory.
+        memory_saving: How training saves memory, by computing again in the backward pass; null
+            does not, which is fastest. See docs/memory.md.
     """
 
     unit = "slides"
@@ -70,7 +72,7 @@ class SlideClassifier(ClassificationTask):
         label_smoothing: float = 0.0,
         optimization: OptimizationConfig = OptimizationConfig(),  # noqa: B008 - frozen
         warmup_epochs: float = 0.0,
-        grad_checkpointing: bool = False,
+        memory_saving: MemorySaving | None = None,
     ) -> None:
         super().__init__(
             num_classes=num_classes,
@@ -80,12 +82,14 @@ class SlideClassifier(ClassificationTask):
             warmup_epochs=warmup_epochs,
         )
         self.baselines = BaselineConfig(**baselines) if isinstance(baselines, dict) else baselines
+        if isinstance(memory_saving, dict):
+            memory_saving = MemorySaving(**memory_saving)
         check_modality(model_name, "slide", kind="a slide encoder")
         encoder = lz.create_model(model_name, pretrained=pretrained, **(model_options or {}))
         self.model = SlideNetwork(
             encoder, num_classes=num_classes, layers=layers, freeze_encoder=freeze_encoder
         )
-        encoder.set_grad_checkpointing(grad_checkpointing)
+        encoder.set_memory_saving(memory_saving)
         # The weights that training began with; no part of the checkpoint.
         self._given: list[SlideNetwork] = []
         if pretrained is not False and self.baselines is not None:
@@ -104,7 +108,7 @@ class SlideClassifier(ClassificationTask):
                 "label_smoothing": label_smoothing,
                 "optimization": dataclasses.asdict(self.optimization),
                 "warmup_epochs": warmup_epochs,
-                "grad_checkpointing": grad_checkpointing,
+                "memory_saving": memory_saving and dataclasses.asdict(memory_saving),
             }
         )
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import longnet_zoo as lz
+from longnet_zoo.layers import MemorySaving
 from recipes.callbacks import ExactResumption, Throughput
 from recipes.checkpoints import check_checkpoint
 from recipes.cli import run
@@ -43,7 +44,8 @@ class TextLM(L.LightningModule):
         optimization: Optimizer and learning rate.
         context_warmup: How the context of training batches grows to the whole window; null starts
             with the whole window.
-        grad_checkpointing: Computes activations again in the backward pass to save memory.
+        memory_saving: How training saves memory, by computing again in the backward pass; null
+            does not, which is fastest. See docs/memory.md.
         sampling: How `predict` and the report write text.
     """
 
@@ -58,20 +60,22 @@ class TextLM(L.LightningModule):
         model_options: dict[str, Any] | None = None,
         optimization: OptimizationConfig = OptimizationConfig(),  # noqa: B008 - frozen
         context_warmup: ContextWarmup | None = None,
-        grad_checkpointing: bool = False,
+        memory_saving: MemorySaving | None = None,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
         # Written out, so that a checkpoint does not depend on the default.
         model_name = model_name or self.default_model
         self.optimization = OptimizationConfig.of(optimization)
+        if isinstance(memory_saving, dict):
+            memory_saving = MemorySaving(**memory_saving)
         # Plain values only, so that checkpoints load with weights_only=True.
         self.save_hyperparameters(
             {
                 "model_name": model_name,
                 "model_options": model_options,
                 "optimization": dataclasses.asdict(self.optimization),
-                "grad_checkpointing": grad_checkpointing,
+                "memory_saving": memory_saving and dataclasses.asdict(memory_saving),
             }
         )
         self.context_warmup = context_warmup
@@ -84,7 +88,7 @@ class TextLM(L.LightningModule):
                 f"model_name={model_name!r} with is_causal={self.model.config.is_causal}. "
                 "recipes.text_lm is for causal models, recipes.text_mlm for the others."
             )
-        self.model.set_grad_checkpointing(grad_checkpointing)
+        self.model.set_memory_saving(memory_saving)
         self.tokenizer: Tokenizer | None = None
         self.register_buffer("token_bytes", None, persistent=False)
         self._batches: list[tuple[Tensor, Tensor, Tensor]] = []

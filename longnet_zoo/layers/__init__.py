@@ -4,6 +4,7 @@ from .attention import DilatedAttention, Position
 from .block import Norm, TransformerBlock
 from .feed_forward import Activation, FeedForward
 from .initialization import initialize_weights, residual_gain, residual_scale
+from .memory import MemorySaving
 from .multihead import MultiheadDilatedAttention
 from .multiway import Multiway, Route, make_multiway, run_routed
 from .positions import AlibiBias, RelativeBias, RotaryEmbedding
@@ -14,6 +15,7 @@ __all__ = [
     "AlibiBias",
     "DilatedAttention",
     "FeedForward",
+    "MemorySaving",
     "MultiheadDilatedAttention",
     "Multiway",
     "Norm",

@@ -11,14 +11,27 @@ from __future__ import annotations
 from functools import partial
 from typing import Literal, get_args
 
+import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from longnet_zoo.ops.dilated_attention import dilated_attention
+
+from .attention import DilatedAttention
+from .memory import (
+    MemorySaving,
+    SecondRun,
+    check_not_compiled,
+    run_again_in_backward,
+    run_in_chunks,
+)
 from .multiway import Multiway, Route, make_multiway, run_routed
+from .spans import Surroundings
 
 __all__ = ["Norm", "TransformerBlock"]
 
 Norm = Literal["sub_ln", "pre_ln", "deepnorm"]
+_Skips = tuple[Tensor | None, Tensor | None]
 
 
 class TransformerBlock(nn.Module):
@@ -27,6 +40,8 @@ class TransformerBlock(nn.Module):
     The inner norms of `"sub_ln"` belong to the two modules (their option `sub_ln`). The initial
     gains and `residual_scale` depend on the depth: `TransformerStack` sets both. For blocks of your
     own call `initialize_weights` with `residual_gain`, and pass what `residual_scale` returns.
+
+    The attribute `memory_saving` says how training saves memory; None, as at first: not at all.
 
     Args:
         attention: Module called with x and the keyword arguments of `forward`.
@@ -66,6 +81,7 @@ class TransformerBlock(nn.Module):
                     f"norm={norm!r} needs {name} with sub_ln={norm == 'sub_ln'}, "
                     f"got one with sub_ln={has_inner_norm}."
                 )
+        self.memory_saving: MemorySaving | None = None
         self.norm = norm
         self.residual_scale = residual_scale
         make_norm = partial(make_multiway, partial(nn.LayerNorm, embed_dim, eps=eps))
@@ -98,31 +114,105 @@ class TransformerBlock(nn.Module):
 
         Returns:
             Output, (batch, seq_len, embed_dim).
+
+        Raises:
+            NotImplementedError: If `memory_saving` has options that cannot be compiled.
         """
-        is_post_norm = self.norm == "deepnorm"
-        attended = self.attention(
-            x if is_post_norm else run_routed(self.attention_norm, x, route),
+        around = Surroundings(
             rotary=rotary,
             position_bias=position_bias,
             key_padding_mask=key_padding_mask,
             cu_seqlens=cu_seqlens,
             route=route,
         )
-        x = self._add(x, attended)
-        if is_post_norm:
-            x = run_routed(self.attention_norm, x, route)
-        fed = x if is_post_norm else run_routed(self.ffn_norm, x, route)
-        x = self._add(x, run_routed(self.feed_forward, fed, route))
-        return run_routed(self.ffn_norm, x, route) if is_post_norm else x
+        # Drawn here, since all parts of a sample share it.
+        skips = self._draw_skip(x), self._draw_skip(x)
+        saving = self.memory_saving
+        is_compiled = torch.compiler.is_compiling()
+        # Nothing is kept without a backward pass, and a compiler has its own plan of the memory.
+        if saving is None or (is_compiled and not torch.is_grad_enabled()):
+            return self._feed(self._attend(x, around, skips[0]), skips[1], route=route)
+        if is_compiled:
+            check_not_compiled(saving)
+        run = partial(self._run, skips=skips, saving=saving)
+        outs = [
+            run_again_in_backward(partial(run, around=part_around), part, saving)
+            for part, part_around in self._independent_parts(x, around, saving)
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
     def extra_repr(self) -> str:
         """Lists the options."""
         return f"norm={self.norm!r}, residual_scale={self.residual_scale}"
 
-    def _add(self, residual: Tensor, update: Tensor) -> Tensor:
+    def _run(
+        self,
+        x: Tensor,
+        second_run: SecondRun,
+        *,
+        around: Surroundings,
+        skips: _Skips,
+        saving: MemorySaving,
+    ) -> Tensor:
+        """Runs the block on tokens that attend to no others."""
+        x = self._attend(x, around, skips[0])
+        feed = partial(self._feed, skip=skips[1])
+        size = saving.chunk_size
+        if size is None:
+            return feed(x, route=around.route)
+        return run_in_chunks(feed, x, around.route, chunk_size=size, second_run=second_run)
+
+    def _independent_parts(
+        self, x: Tensor, around: Surroundings, saving: MemorySaving
+    ) -> list[tuple[Tensor, Surroundings]]:
+        """Cuts the sequence where no attention crosses, if that is known."""
+        attention = self.attention
+        if (
+            saving.chunk_size is None
+            or not isinstance(attention, DilatedAttention)
+            # Another op may attend to tokens that other processes have.
+            or attention.attention_op is not dilated_attention
+            or not attention.pattern.is_nested
+            # Zero keys fill a segment up to a length that depends on the whole sequence.
+            or attention.pattern.padded_keys != "ignore"
+        ):
+            return [(x, around)]
+        return around.split(
+            x,
+            segment_length=attention.pattern.segment_lengths[-1],
+            min_length=max(1, saving.chunk_size // len(x)),
+        )
+
+    def _attend(self, x: Tensor, around: Surroundings, skip: Tensor | None) -> Tensor:
+        is_post_norm = self.norm == "deepnorm"
+        attended = self.attention(
+            x if is_post_norm else run_routed(self.attention_norm, x, around.route),
+            rotary=around.rotary,
+            position_bias=around.position_bias,
+            key_padding_mask=around.key_padding_mask,
+            cu_seqlens=around.cu_seqlens,
+            route=around.route,
+        )
+        x = self._add(x, attended, skip)
+        return run_routed(self.attention_norm, x, around.route) if is_post_norm else x
+
+    def _feed(self, x: Tensor, skip: Tensor | None, *, route: Route | None) -> Tensor:
+        is_post_norm = self.norm == "deepnorm"
+        fed = x if is_post_norm else run_routed(self.ffn_norm, x, route)
+        x = self._add(x, run_routed(self.feed_forward, fed, route), skip)
+        return run_routed(self.ffn_norm, x, route) if is_post_norm else x
+
+    def _add(self, residual: Tensor, update: Tensor, skip: Tensor | None) -> Tensor:
         if self.norm == "deepnorm":
             residual = residual * self.residual_scale
-        return residual + self.drop_path(self.dropout(update))
+        update = self.dropout(update)
+        return residual + (update if skip is None else update * skip)
+
+    def _draw_skip(self, x: Tensor) -> Tensor | None:
+        """Draws which samples skip a module: factors (b, 1, 1), or None for no drop path."""
+        if isinstance(self.drop_path, nn.Identity):
+            return None
+        return self.drop_path(x.new_ones(len(x), 1, 1))
 
 
 def _check_options(norm: str, residual_scale: float, dropout: float, drop_path: float) -> None:

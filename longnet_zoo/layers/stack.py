@@ -10,7 +10,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longnet_zoo.ops.pattern import DilatedPattern
 
@@ -18,6 +17,7 @@ from .attention import DilatedAttention, Position, make_position_bias, make_rota
 from .block import Norm, TransformerBlock
 from .feed_forward import Activation, FeedForward
 from .initialization import initialize_weights, residual_gain, residual_scale
+from .memory import MemorySaving
 from .multiway import Route, make_multiway, run_routed
 
 __all__ = ["TransformerStack"]
@@ -92,7 +92,6 @@ class TransformerStack(nn.Module):
             raise ValueError(f"num_layers must be at least 1, got {num_layers}.")
         self.embed_dim = embed_dim
         self.num_modalities = num_modalities
-        self.grad_checkpointing = False
         gain, scale = _gain_and_scale(norm, is_causal, num_layers)
         # The stack owns the one bias module of all layers.
         own_position = None if position in ("alibi", "relative") else position
@@ -187,27 +186,38 @@ class TransformerStack(nn.Module):
         rotary = self._rotary_tables(x, positions)
         hidden_states = [x]
         for block in self.blocks:
-            run_block = partial(
-                block,
+            x = block(
+                x,
                 rotary=rotary,
                 position_bias=self.position_bias,
                 key_padding_mask=key_padding_mask,
                 cu_seqlens=cu_seqlens,
                 route=route,
             )
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(run_block, x, use_reentrant=False)
-            else:
-                x = run_block(x)
             if return_hidden_states:
                 hidden_states.append(x)
         if self.norm is not None:
             x = run_routed(self.norm, x, route)
         return (x, hidden_states) if return_hidden_states else x
 
+    def set_memory_saving(self, saving: MemorySaving | None) -> None:
+        """Chooses how training saves memory, for every block.
+
+        Args:
+            saving: The options; None: not at all, which is fastest.
+
+        Raises:
+            TypeError: If it is none of these.
+        """
+        if saving is not None and not isinstance(saving, MemorySaving):
+            raise TypeError(f"saving must be a MemorySaving or None, got {saving!r}.")
+        for module in self.blocks.modules():  # also inside of wrappers
+            if isinstance(module, TransformerBlock):
+                module.memory_saving = saving
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Chooses whether blocks are recomputed in the backward pass, which saves their memory."""
-        self.grad_checkpointing = enable
+        """Chooses whether whole blocks are computed again in the backward pass, by timm's name."""
+        self.set_memory_saving(MemorySaving(chunk_size=None) if enable else None)
 
     def _rotary_tables(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor] | None:
         if self.rotary is None:

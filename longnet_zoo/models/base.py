@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file
 from torch import nn
 
-from longnet_zoo.layers import Multiway, RelativeBias, TransformerStack
+from longnet_zoo.layers import MemorySaving, Multiway, RelativeBias, TransformerStack
 
 from .config import ModelConfig
 
@@ -49,8 +49,22 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
             )
         self.config = config
 
+    def set_memory_saving(self, saving: MemorySaving | None) -> None:
+        """Chooses how training saves memory; no part of the config or of the weights.
+
+        Args:
+            saving: The options; None: not at all, which is fastest.
+
+        Raises:
+            TypeError: If it is none of these.
+
+        Example:
+            >>> model.set_memory_saving(MemorySaving(chunk_size=8192, offload=True))
+        """
+        self.stack.set_memory_saving(saving)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Chooses whether blocks are recomputed in the backward pass, which saves their memory."""
+        """Chooses whether whole blocks are computed again in the backward pass, by timm's name."""
         self.stack.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:

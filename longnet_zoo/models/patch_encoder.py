@@ -13,7 +13,6 @@ import torch
 from einops import rearrange
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .base import ZooModel, make_stack
 from .checks import check_mask, integer_list
@@ -165,11 +164,10 @@ class PatchEncoder(ZooModel):
         taken = block_numbers(indices, len(self.stack.blocks))
         x = self.embed(images)
         outputs = {}
-        recompute = self.stack.grad_checkpointing and torch.is_grad_enabled()
         for number, block in enumerate(self.stack.blocks):
             if stop_early and number > max(taken):
                 break
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = block(x)
             if number in taken:
                 outputs[number] = self.norm(x) if norm else x
         intermediates = [outputs[number] for number in sorted(taken)]

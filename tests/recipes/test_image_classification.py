@@ -6,6 +6,7 @@ import torch
 import yaml
 
 import longnet_zoo as lz
+from longnet_zoo.layers import MemorySaving
 from recipes.cli import RecipeCLI
 from recipes.image_classification import ImageClassifier, MixupConfig, main
 from recipes.image_data import ImageDataModule
@@ -216,19 +217,19 @@ def test_odd_batches_cannot_be_mixed(folder, tmp_path):
         quiet_trainer(tmp_path).fit(task, datamodule=data)
 
 
-def test_layer_decay_and_checkpointed_gradients_reach_the_model(folder, tmp_path):
+def test_layer_decay_and_memory_saving_reach_the_model(folder, tmp_path):
     task = ImageClassifier(
         num_classes=3,
         model_options={**tiny_vit(), "num_layers": 2},
         optimization={"lr": 1.0, "layer_decay": 0.5},
-        grad_checkpointing=True,
+        memory_saving=MemorySaving(chunk_size=None),
     )
     trainer = quiet_trainer(tmp_path, max_steps=1)
     trainer.fit(task, datamodule=ImageDataModule(source=str(folder), batch_size=6))
     rates = {group["initial_lr"] for group in trainer.optimizers[0].param_groups}
     # Stem, two blocks, head.
     assert rates == {0.125, 0.25, 0.5, 1.0}
-    assert task.model.stack.grad_checkpointing
+    assert task.model.stack.blocks[0].memory_saving == MemorySaving(chunk_size=None)
 
 
 @pytest.mark.parametrize(

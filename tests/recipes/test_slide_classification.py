@@ -8,6 +8,7 @@ import torch
 import yaml
 
 import longnet_zoo as lz
+from longnet_zoo.layers import MemorySaving
 from recipes.slide_classification import SlideClassifier, main
 from recipes.slide_data import SlideDataModule
 from tests.recipes.classification_runs import quiet_trainer
@@ -196,7 +197,9 @@ def test_given_weights_are_compared_with_as_they_were(files, tmp_path, freeze_en
 
 
 def test_a_checkpoint_loads_from_python(files, tmp_path):
-    task = make_task(layers=[1, 2], class_weights="balanced")
+    task = make_task(
+        layers=[1, 2], class_weights="balanced", memory_saving=MemorySaving(chunk_size=9)
+    )
     trainer = fit(task, files, tmp_path / "run")
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     loaded = SlideClassifier.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
@@ -204,6 +207,8 @@ def test_a_checkpoint_loads_from_python(files, tmp_path):
         torch.equal(a, b) for a, b in zip(loaded.parameters(), task.parameters(), strict=True)
     )
     assert loaded.model.layers == (1, 2)
+    blocks = loaded.model.encoder.stack.blocks
+    assert {block.memory_saving for block in blocks} == {MemorySaving(chunk_size=9)}
     assert loaded.class_names == ("left", "right")
 
 

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+import yaml
 from torch.nn import functional as F
 
+from longnet_zoo.layers import MemorySaving
 from recipes.callbacks import ExactResumption, Throughput
 from recipes.checkpoints import check_state_dict, last_checkpoint
 from recipes.context_warmup import ContextWarmup
@@ -29,6 +31,36 @@ def make_task(**options):
 
 
 # Training and evaluation --------------------------------------------------------------------------
+
+
+def test_memory_saving_is_switched_on_from_a_file_and_changes_no_loss(corpus, tmp_path):
+    options = {"trainer__max_steps": 3, "model__model_options__dropout": 0.0}
+    main(["fit", *arguments(corpus, tmp_path / "plain", **options)])
+    config = tmp_path / "saving.yaml"
+    config.write_text("model:\n  memory_saving:\n    chunk_size: 48\n    offload: true\n")
+    run_dir = tmp_path / "saving"
+    main(["fit", f"--config={config}", *arguments(corpus, run_dir, **options)])
+    saved = yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["memory_saving"]
+    assert saved == {"chunk_size": 48, "keep_attention": False, "offload": True}
+    losses, expected = curve(run_dir, "train_loss"), curve(tmp_path / "plain", "train_loss")
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_memory_saving_reaches_the_model_and_comes_back_from_a_checkpoint(corpus, tmp_path):
+    saving = MemorySaving(chunk_size=5)
+    task, trainer = make_task(memory_saving=saving), make_trainer(tmp_path, max_steps=1)
+    trainer.fit(task, datamodule=make_data(corpus))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = TextLM.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert {block.memory_saving for block in again.model.stack.blocks} == {saving}
+
+
+def test_bad_memory_saving_is_refused(corpus, tmp_path, capsys):
+    with pytest.raises(ValueError, match="at least 1 token, got 0"):
+        make_task(memory_saving={"chunk_size": 0})
+    with pytest.raises(SystemExit):
+        main(["fit", *arguments(corpus, tmp_path, model__memory_saving__chunks=4)])
+    assert "chunks" in capsys.readouterr().err
 
 
 def test_training_lowers_the_loss(corpus, tmp_path):
