@@ -28,7 +28,7 @@ from benchmarks.measure import finish, peak_extra_mib
 from longnet_zoo.factory import create_model
 from longnet_zoo.layers import MemorySaving
 from longnet_zoo.models.text import TextModel
-from longnet_zoo.ops.dilated_attention import _backward, _forward
+from longnet_zoo.ops.custom_op import attend, differentiate
 from longnet_zoo.registry import find_model
 
 __all__ = ["MODES", "training_step_peak_mib"]
@@ -138,8 +138,8 @@ class _Counter(TorchDispatchMode):
         self.held = self.peak = 0
         self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self._insides = {
-            _ATTENTION.dilated_attention.default: _forward,
-            _ATTENTION.dilated_attention_backward.default: _backward,
+            _ATTENTION.dilated_attention.default: attend,
+            _ATTENTION.dilated_attention_backward.default: differentiate,
         }
 
     def __torch_dispatch__(

@@ -13,21 +13,16 @@ Shape legend: b batch, n seq_len, h num_heads, d head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .arguments import check_arguments, check_numbers
-from .fused_softmax import FusedSoftmax
-from .joint_softmax import JointSoftmax
-from .kernels import Call, capability_of, choose_kernel, triton
-from .packed_softmax import PackedSoftmax
-from .pattern import DilatedPattern, HeadOffset, PaddedKeys
+from .custom_op import Options
+from .pattern import DilatedPattern
 from .positions import check_xpos_range
-from .sequences import SequenceGroup, split_sequences
 
 __all__ = ["DistanceBias", "dilated_attention"]
 
@@ -133,7 +128,7 @@ def checked_options(
     backend: str,
     return_lse: bool,
     seed: Tensor | None,
-) -> _Options:
+) -> Options:
     """Checks the arguments of `dilated_attention` and makes those of the custom op."""
     check_arguments(q, k, v, pattern, bias, key_padding_mask, cu_seqlens, dropout_p, backend)
     check_numbers(scale=scale, xpos_scale_base=xpos_scale_base)
@@ -147,7 +142,7 @@ def checked_options(
             is_causal=is_causal,
             dtype=q.dtype,
         )
-    return _Options(
+    return Options(
         dense_bias=bias if isinstance(bias, Tensor) else None,
         distance_bias=_distance_table(bias, span, q) if callable(bias) else None,
         key_padding_mask=key_padding_mask,
@@ -188,201 +183,3 @@ def _distance_table(bias: DistanceBias, span: int, q: Tensor) -> Tensor:
             f"bias must return logits on the device of q, got {table.device} and {q.device}."
         )
     return table
-
-
-class _Options(NamedTuple):
-    """What both custom ops take beside their tensors, in the order of `_OPTIONS_SCHEMA`."""
-
-    dense_bias: Tensor | None
-    distance_bias: Tensor | None
-    key_padding_mask: Tensor | None
-    cu_seqlens: Tensor | None
-    seed: Tensor | None
-    segment_lengths: Sequence[int]
-    dilation_rates: Sequence[int]
-    head_offset: HeadOffset
-    padded_keys: PaddedKeys
-    is_causal: bool
-    scale: float
-    xpos_scale_base: float | None
-    dropout_p: float
-    backend: str
-    return_lse: bool
-
-    @property
-    def pattern(self) -> DilatedPattern:
-        """The schedule."""
-        return DilatedPattern(
-            segment_lengths=tuple(self.segment_lengths),
-            dilation_rates=tuple(self.dilation_rates),
-            head_offset=self.head_offset,
-            padded_keys=self.padded_keys,
-        )
-
-    def sequences(self, q: Tensor) -> tuple[list[SequenceGroup], Tensor | None]:
-        """Finds what is attended by itself, and padding that is not at the end of its row."""
-        groups, is_hidden = split_sequences(
-            q, self.key_padding_mask, self.cu_seqlens, is_single=self.dense_bias is not None
-        )
-        if is_hidden is not None and self.padded_keys == "zero":
-            raise ValueError(
-                "padded_keys='zero' has no meaning with padding before or between tokens; "
-                "key_padding_mask must be right padding, or use padded_keys='ignore'."
-            )
-        return groups, is_hidden
-
-    def call(
-        self,
-        q: Tensor,
-        *,
-        has_hidden_keys: bool,
-        is_backward: bool = False,
-        has_lse_grad: bool = False,
-    ) -> Call:
-        """Says what the kernel of one pass is asked for."""
-        has_dropout = self.dropout_p > 0
-        return Call(
-            device_type=q.device.type,
-            dtype=q.dtype,
-            head_dim=q.shape[3],
-            capability=capability_of(q.device),
-            has_dense_bias=self.dense_bias is not None,
-            has_distance_bias=self.distance_bias is not None,
-            has_hidden_keys=has_hidden_keys,
-            has_unnested_xpos=self.xpos_scale_base is not None and not self.pattern.is_nested,
-            has_dropout=has_dropout,
-            # Kernels draw their own dropout: with it, both passes must make the same choice.
-            is_backward=is_backward and not has_dropout,
-            has_lse_grad=has_lse_grad or (has_dropout and self.return_lse),
-        )
-
-    def problem(
-        self, q: Tensor, *, is_backward: bool = False, has_lse_grad: bool = False
-    ) -> JointSoftmax:
-        """Finds the sequences and the kernel of a call."""
-        groups, is_hidden = self.sequences(q)
-        call = self.call(
-            q,
-            has_hidden_keys=is_hidden is not None,
-            is_backward=is_backward,
-            has_lse_grad=has_lse_grad,
-        )
-        kernel = choose_kernel(self.backend, call)
-        return self._solver(kernel, call, groups)(
-            pattern=self.pattern,
-            kernel=kernel,
-            groups=groups,
-            is_causal=self.is_causal,
-            scale=self.scale,
-            xpos_scale_base=self.xpos_scale_base,
-            is_hidden=is_hidden,
-            dense_bias=self.dense_bias,
-            distance_bias=self.distance_bias,
-            dropout_p=self.dropout_p,
-            seed=0 if self.seed is None else int(self.seed),
-        )
-
-    def _solver(
-        self, kernel: ModuleType, call: Call, groups: list[SequenceGroup]
-    ) -> type[JointSoftmax]:
-        if kernel is triton:
-            return FusedSoftmax
-        can_pack = self.padded_keys == "ignore" and not call.has_unnested_xpos
-        if len(groups) > 1 and can_pack and hasattr(kernel, "forward_packed"):
-            return PackedSoftmax
-        return JointSoftmax
-
-
-_OPTIONS_SCHEMA = (
-    "Tensor? dense_bias, Tensor? distance_bias, Tensor? key_padding_mask, Tensor? cu_seqlens, "
-    "Tensor? seed, int[] segment_lengths, int[] dilation_rates, str head_offset, str padded_keys, "
-    "bool is_causal, float scale, float? xpos_scale_base, float dropout_p, str backend, "
-    "bool return_lse"
-)
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    # Autocast would cast the float32 products inside the op back to half types.
-    with torch.autocast(q.device.type, enabled=False):
-        return _Options(*options).problem(q).forward(q, k, v)
-
-
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
-
-
-def _backward(
-    out_grad: Tensor,
-    lse_grad: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem = _Options(*options).problem(q, is_backward=True, has_lse_grad=lse_grad is not None)
-    out_grad = out_grad if out_grad.stride(-1) == 1 else out_grad.contiguous()
-    with torch.autocast(q.device.type, enabled=False):
-        q_grad, k_grad, v_grad, bias_grad = problem.backward(out_grad, lse_grad, q, k, v, out, lse)
-    return q_grad, k_grad, v_grad, q.new_empty(0) if bias_grad is None else bias_grad
-
-
-def _fake_backward(
-    out_grad: Tensor,
-    lse_grad: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dense, distance = options[:2]
-    bias = dense if dense is not None else distance
-    bias_grad = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias_grad
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    options = _Options(*inputs[3:])
-    tensors = options[:5]
-    ctx.options = options[5:]
-    ctx.save_for_backward(*inputs[:3], *output, *tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, out_grad: Tensor | None, lse_grad: Tensor | None) -> Any:
-    q, k, v, out, lse, *tensors = ctx.saved_tensors
-    options = _Options(*tensors, *ctx.options)
-    if not options.return_lse:
-        lse_grad = None
-    if out_grad is None:
-        out_grad = torch.zeros_like(out)
-    *grads, bias_grad = torch.ops.longnet_zoo.dilated_attention_backward(
-        out_grad, lse_grad, q, k, v, out, lse, *options
-    )
-    dense_grad = bias_grad if options.dense_bias is not None else None
-    distance_grad = bias_grad if options.distance_bias is not None else None
-    return *grads, dense_grad, distance_grad, *(None,) * (len(options) - 2)
-
-
-_custom_op = torch.library.custom_op(
-    "longnet_zoo::dilated_attention",
-    _forward,
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
-)
-_custom_op.register_fake(_fake_forward)
-_custom_op.register_autograd(_differentiate, setup_context=_save)
-_custom_backward = torch.library.custom_op(
-    "longnet_zoo::dilated_attention_backward",
-    _backward,
-    mutates_args=(),
-    schema=(
-        "(Tensor out_grad, Tensor? lse_grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-        f"{_OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
-)
-_custom_backward.register_fake(_fake_backward)

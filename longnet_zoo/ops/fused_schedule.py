@@ -77,6 +77,8 @@ def fused_schedule(
     groups: tuple[SequenceGroup, ...],
     num_heads: int,
     is_pinned: bool,
+    *,
+    attends: bool = True,
 ) -> FusedSchedule:
     """Makes the tables; kept, since every layer and both passes ask for the same ones.
 
@@ -85,9 +87,10 @@ def fused_schedule(
         groups: The sequences that are attended by themselves.
         num_heads: Query heads.
         is_pinned: Whether the tables are to be copied to a GPU.
+        attends: Whether the last branch attends, if one has rate 1; else it merges only.
     """
     order = list(range(len(pattern.branches)))
-    attends = 1 in pattern.dilation_rates
+    attends = attends and 1 in pattern.dilation_rates
     if attends:
         order.append(order.pop(pattern.dilation_rates.index(1)))
     lengths = [pattern.branches[branch] for branch in order]

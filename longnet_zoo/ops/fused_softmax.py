@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from .fused_schedule import FusedSchedule, fused_schedule
 from .joint_softmax import JointSoftmax
 
-__all__ = ["FusedSoftmax"]
+__all__ = ["FusedSoftmax", "kernel_rows", "launch_last", "on_device"]
 
 # Memory of the partials of a pass.
 _PASS_BYTES = 2**30
@@ -56,8 +56,8 @@ class FusedSoftmax(JointSoftmax):
         lse = self._result(q[..., 0], dtype=torch.float32, fill=float("-inf"))
         setup = self._setup(q, k)
         num_partials, head_dim = setup.schedule.num_partials, q.shape[3]
-        inputs = [_rows(x) for x in (q, k, v)]
-        with _on_device(q):
+        inputs = [kernel_rows(x) for x in (q, k, v)]
+        with on_device(q):
             for heads in _passes(q, num_partials, num_values=head_dim + 1, group_size=1):
                 partial_out = _partials(q, heads, num_partials, head_dim)
                 partial_lse = _partials(q, heads, num_partials)
@@ -88,9 +88,9 @@ class FusedSoftmax(JointSoftmax):
         num_partials, head_dim = setup.schedule.num_partials, q.shape[3]
         group_size = q.shape[2] // k.shape[2]
         lse = lse.contiguous()
-        with _on_device(q):
+        with on_device(q):
             delta = _deltas(out_grad, out.contiguous(), lse_grad, setup)
-            inputs = (*(_rows(x) for x in (q, k, v, out_grad)), lse, delta)
+            inputs = (*(kernel_rows(x) for x in (q, k, v, out_grad)), lse, delta)
             for heads in _passes(q, num_partials, num_values=head_dim, group_size=1):
                 partials = _partials(q, heads, num_partials, head_dim)
                 _launch(query_gradient, (*inputs, q_grad, partials), setup, heads, "BLOCK_M")
@@ -112,10 +112,12 @@ class FusedSoftmax(JointSoftmax):
         q_grad, k_grad = self._decay_all(q_grad, k_grad)
         return q_grad.to(dtype), k_grad.to(dtype), v_grad, bias_grad
 
-    def _setup(self, q: Tensor, k: Tensor) -> _Setup:
+    def _setup(self, q: Tensor, k: Tensor, *, attends: bool = True) -> _Setup:
         from .kernels.triton_parts import Problem, make_kinds
 
-        schedule = fused_schedule(self.pattern, tuple(self.groups), q.shape[2], q.is_cuda)
+        schedule = fused_schedule(
+            self.pattern, tuple(self.groups), q.shape[2], q.is_cuda, attends=attends
+        )
         tables = {
             name: getattr(schedule, name).to(q.device, non_blocking=True)
             for name in ("sequences", "branches", "offsets")
@@ -161,7 +163,7 @@ class FusedSoftmax(JointSoftmax):
         assert self.distance_bias is not None
         schedule, delta = setup.schedule, inputs[-1]
         grad = torch.zeros(self.distance_bias.shape, dtype=torch.float32, device=delta.device)
-        longest = schedule.launches[0].max_length
+        longest = max((launch.max_length for launch in schedule.launches), default=1)
         for branch, (segment_length, rate) in enumerate(schedule.lengths):
             if branch == schedule.last and not schedule.attends:
                 continue
@@ -194,31 +196,53 @@ def _launch(
     *,
     group_size: int = 1,
 ) -> None:
-    """Runs a kernel over some heads, branch by branch; the last branch merges the others."""
+    """Runs a kernel over some heads, branch by branch; the last branch merges the others.
+
+    The last branch goes by groups of `group_size` heads, tiles by the size that `block` names.
+    """
+    for branch in range(setup.schedule.last):
+        _launch_branch(kernel, tensors, setup, branch, heads.start, len(heads), block)
+    num_groups = len(heads) // group_size
+    _launch_branch(kernel, tensors, setup, setup.schedule.last, heads.start, num_groups, block)
+
+
+def launch_last(kernel: Any, tensors: tuple[Any, ...], setup: _Setup, block: str) -> None:
+    """Runs a kernel over all heads for the last branch only, whose partials are there."""
+    num_heads = setup.problem.num_heads
+    _launch_branch(kernel, tensors, setup, setup.schedule.last, 0, num_heads, block)
+
+
+def _launch_branch(
+    kernel: Any,
+    tensors: tuple[Any, ...],
+    setup: _Setup,
+    branch: int,
+    first_head: int,
+    num_heads: int,
+    block: str,
+) -> None:
     schedule = setup.schedule
-    for branch, kind in enumerate(setup.kinds):
-        num_rows = len(heads) // group_size if branch == schedule.last else len(heads)
-        for launch in schedule.launches:
+    for launch in schedule.launches:
 
-            def grid(
-                meta: dict[str, Any],
-                branch: int = branch,
-                length: int = launch.max_length,
-                others: tuple[int, int] = (num_rows, launch.count),
-            ) -> tuple[int, int, int]:
-                return schedule.num_tiles(branch, length, meta[block]), *others
+        def grid(
+            meta: dict[str, Any],
+            length: int = launch.max_length,
+            count: int = launch.count,
+        ) -> tuple[int, int, int]:
+            return schedule.num_tiles(branch, length, meta[block]), num_heads, count
 
-            kernel[grid](
-                *tensors,
-                setup.problem_from(launch.first),
-                kind,
-                heads.start,
-                schedule.num_partials,
-                branch,
-            )
+        kernel[grid](
+            *tensors,
+            setup.problem_from(launch.first),
+            setup.kinds[branch],
+            first_head,
+            schedule.num_partials,
+            branch,
+        )
 
 
-def _rows(x: Tensor) -> Any:
+def kernel_rows(x: Tensor) -> Any:
+    """What the kernels take for a tensor (b, n, h, d) of any strides but the last."""
     from .kernels.triton_parts import Rows
 
     return Rows(x, *x.stride()[:3])
@@ -244,7 +268,7 @@ def _deltas(out_grad: Tensor, out: Tensor, lse_grad: Tensor | None, setup: _Setu
     batch, seq_len, num_heads, _ = out.shape
     delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
     row_deltas[-(-seq_len // _DELTA_BLOCK), num_heads, batch](
-        _rows(out_grad),
+        kernel_rows(out_grad),
         out,
         delta if lse_grad is None else lse_grad.float().contiguous(),
         delta,
@@ -266,12 +290,13 @@ def _add_diagonals(grad: Tensor, bands: Tensor, first_band: int, rate: int) -> N
     line = sums.new_zeros(num_heads, num_bands + 1, block)
     line[:, :-1] += sums[..., :block]
     line[:, 1:] += sums[..., block:]
-    distances = torch.arange(line[0].numel(), device=grad.device) + first_band * block - block + 1
-    places = distances * rate + grad.shape[1] // 2
-    is_inside = (places >= 0) & (places < grad.shape[1])
-    grad[:, places[is_inside]] += line.flatten(1)[:, is_inside]
+    # Distances beyond the table belong to pairs of rows that do not exist.
+    lowest, middle = (first_band - 1) * block + 1, grad.shape[1] // 2
+    first, last = max(lowest, -(middle // rate)), min(lowest + line[0].numel() - 1, middle // rate)
+    places = slice(middle + first * rate, middle + last * rate + 1, rate)
+    grad[:, places] += line.flatten(1)[:, first - lowest : last - lowest + 1]
 
 
-def _on_device(x: Tensor) -> AbstractContextManager[Any]:
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -27,7 +27,7 @@ from .positions import float64_device, xpos_zeta
 from .schedule import Block, blocks_of, view_pairs, view_rows
 from .sequences import SequenceGroup
 
-__all__ = ["JointSoftmax"]
+__all__ = ["JointSoftmax", "folded"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,7 @@ class JointSoftmax:
     ) -> Iterator[tuple[list[Tensor], LogitBias | None]]:
         """Cuts a block into kernel calls, each with what is added to its logits."""
         if self.dense_bias is None and self.distance_bias is None and self.is_hidden is None:
-            for part in _folded(views):
+            for part in folded(views):
                 yield part, None
             return
         if self.is_hidden is not None:
@@ -180,7 +180,7 @@ class JointSoftmax:
         heads = block.heads
         dense = self._dense_views(self.dense_bias, group, block)
         dense_grad = self._dense_views(bias_grad, group, block) if dense is not None else None
-        parts = _folded(views) if dense is None else _one_by_one(views)
+        parts = folded(views) if dense is None else _one_by_one(views)
         for index, part in enumerate(parts):
             row, segment = divmod(index, block.num_segments)
             bias = LogitBias(
@@ -262,11 +262,13 @@ class JointSoftmax:
         return factors.unsqueeze(1).to(like.device)
 
 
-# Rows of one kernel call, where a block has several segments: bounds the memory of its results.
-_MAX_ROWS_PER_CALL = 2**13
+# Rows of one kernel call, where a block has several segments: bounds the memory of its results. A
+# GPU needs large calls to be busy.
+_CPU_ROWS_PER_CALL = 2**13
+_GPU_ROWS_PER_CALL = 2**18
 
 
-def _folded(views: list[Tensor]) -> Iterator[list[Tensor]]:
+def folded(views: list[Tensor]) -> Iterator[list[Tensor]]:
     """Joins batch and segments (b, s, ...) into the batch of few calls, without a copy."""
     batch, num_segments, num_rows = views[0].shape[:3]
     if batch == 1:
@@ -278,9 +280,10 @@ def _folded(views: list[Tensor]) -> Iterator[list[Tensor]]:
     else:
         axis = 0 if batch <= num_segments else 1
         for index in range(min(batch, num_segments)):
-            yield from _folded([view.narrow(axis, index, 1) for view in views])
+            yield from folded([view.narrow(axis, index, 1) for view in views])
         return
-    size = max(1, _MAX_ROWS_PER_CALL // num_rows)
+    max_rows = _CPU_ROWS_PER_CALL if views[0].device.type == "cpu" else _GPU_ROWS_PER_CALL
+    size = max(1, max_rows // num_rows)
     yield from (list(part) for part in zip(*(row.split(size) for row in rows), strict=True))
 
 

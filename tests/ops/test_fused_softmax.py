@@ -43,6 +43,7 @@ CALLS = {
     "left_padding": call(batch=2, padding="left"),
     "random_padding": call(batch=2, padding="random", is_causal=True),
     "one_row_all_padding": call(batch=2, padding="one_row_all"),
+    "nothing_but_padding": call(padding="one_row_all"),
     "documents_of_very_different_lengths": call(documents=(1, 2, 37, 10), seq_len=50),
     "nested_xpos": call(segment_lengths=(18, 36), head_dim=6, xpos_scale_base=64.0),
     "no_branch_of_rate_one": call(dilation_rates=(2, 5)),
@@ -60,6 +61,7 @@ BIASED = {
     ),
     "alibi_with_right_padding": call(bias="alibi", batch=2, padding="right", seq_len=23),
     "table_with_random_padding": call(bias="table", padding="random", seq_len=23),
+    "table_and_nothing_but_padding": call(bias="table", padding="one_row_all", seq_len=5),
     "table_without_rate_one": call(bias="table", dilation_rates=(2, 3), seq_len=23),
 }
 
