@@ -5,11 +5,13 @@ VENV ?= .venv
 # More options for pip, for example a mirror or another build of torch.
 PIP_FLAGS ?=
 # More options for the programme that a target runs, for example
-# `make train ARGS="--trainer.max_steps 50"` or `make test ARGS="-x -k merge"`.
+# `make train ARGS="--trainer.max_steps 50"`, `make test ARGS="-x -k merge"`, or
+# `make bench ARGS=--resume` after an interruption.
 ARGS ?=
 
 RUN := $(VENV)/bin/python
 CONFIG ?= configs/text/quickstart.yaml
+RESULTS := benchmarks/results
 # One thread a worker, so results depend neither on the number of cores nor on the load.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
@@ -48,9 +50,15 @@ format: $(VENV)/.ready ## Mend style where it can be done automatically
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: $(VENV)/.ready ## Run the benchmarks that the README quotes
-	$(RUN) -m benchmarks.dilated_attention $(ARGS)
-	$(RUN) -m benchmarks.slide_encoder $(ARGS)
+bench: $(VENV)/.ready ## Run the benchmarks on the CPU and write docs/performance.md (30 minutes)
+	$(RUN) -m benchmarks.kernels --device cpu --output $(RESULTS)/kernels-cpu.json $(ARGS)
+	$(RUN) -m benchmarks.length --device cpu --output $(RESULTS)/length-cpu.json $(ARGS)
+	$(RUN) -m benchmarks.models --device cpu --num-layers 2 --rounds 3 \
+	    --output $(RESULTS)/models-cpu.json $(ARGS)
+	$(RUN) -m benchmarks.memory --output $(RESULTS)/memory-cpu.json
+	$(RUN) -m benchmarks.slide_encoder --output $(RESULTS)/slide-cpu.json
+	$(RUN) -m longnet_zoo.cli bench --device cpu --output $(RESULTS)/bench-cpu
+	$(RUN) -m benchmarks.performance
 
 clean: ## Remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ Shape legend: b batch, n seq_len, h heads, d head_dim, g segments, m kept rows, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,7 @@ def usual_pipeline(
         outs.append(_scatter(out, q.shape, *branch, fill=0.0))
         lses.append(_scatter(lse[..., None], (*q.shape[:3], 1), *branch, fill=-1e8))
     with torch.no_grad():
-        weights = torch.softmax(torch.stack(lses), dim=0)
+        weights = torch.softmax(torch.stack(lses), dim=0).to(q.dtype)
     return (torch.stack(outs) * weights).sum(0)
 
 
@@ -149,18 +150,20 @@ def _on_diagonals(x: Tensor, rate: int) -> Tensor:
 
 
 def bare_kernel_calls(
-    q: Tensor, pattern: DilatedPattern
+    q: Tensor, k: Tensor, v: Tensor, out_grad: Tensor, pattern: DilatedPattern
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """Functions that run the kernel forward and backward on contiguous blocks of the same sizes.
 
     Nothing is selected and nothing merged: the least that a schedule of these blocks can take.
-    Causal, for a seq_len that segments divide, and segments that rates divide.
+    Blocks lie at the start of the memory of contiguous q, k, v and out_grad (q stands for the
+    output), and hold other rows than a pattern would take. Causal, for a seq_len that segments
+    divide, and segments that rates divide.
     """
     batch, seq_len, num_heads, head_dim = q.shape
     blocks = []
     for segment_length, rate in pattern.branches:
         shape = (batch * seq_len // segment_length, num_heads, segment_length // rate, head_dim)
-        tensors = [torch.randn(shape, dtype=q.dtype, device=q.device) for _ in range(5)]
+        tensors = [x.view(-1)[: math.prod(shape)].view(shape) for x in (out_grad, q, k, v, q)]
         lse = torch.full(shape[:3], 10.0, device=q.device)
         blocks.append([x.transpose(1, 2) for x in (*tensors, lse)])
     options = BlockOptions(scale=head_dim**-0.5, is_causal=True)

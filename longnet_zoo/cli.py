@@ -1,4 +1,4 @@
-"""The command `longnet-zoo`: list and describe models, draw attention patterns.
+"""The command `longnet-zoo`: list and describe models, draw attention patterns, measure speed.
 
 rich and matplotlib are imported inside the functions that need them.
 """
@@ -13,7 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+from longnet_zoo.bench import ComparisonConfig, run_bench
 from longnet_zoo.factory import ModelInfo, list_models, model_info
+from longnet_zoo.ops.kernels import BACKENDS
 from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.plot import DOTS_PER_INCH, plot_pattern
 from longnet_zoo.registry import PublishedWeights, find_model, nearest_names
@@ -76,6 +78,7 @@ def _make_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_info)
 
     _add_plot_command(commands)
+    _add_bench_command(commands)
     return parser
 
 
@@ -109,6 +112,67 @@ def _add_plot_command(commands: Any) -> None:
     command.add_argument("--title", help="title of the picture")
     command.add_argument("--output", type=Path, required=True, help="a .png, .svg or .pdf file")
     command.set_defaults(run=_plot_pattern)
+
+
+def _add_bench_command(commands: Any) -> None:
+    command = commands.add_parser(
+        "bench",
+        help="time dilated against vanilla attention",
+        description="Times dilated against vanilla attention over sequence lengths, at a fixed "
+        "number of tokens: milliseconds of one sequence, forward, projections included.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument(
+        "--is-dilated",
+        "--is_dilated",
+        type=int,
+        choices=(0, 1),
+        default=argparse.SUPPRESS,
+        help="time only dilated (1) or only vanilla (0) attention, not both in turn",
+    )
+    for name, value, metavar, words in (
+        ("max_seq_len", int, "TOKENS", "longest sequence, and tokens of every batch"),
+        ("num_seq_lens", int, "NUMBER", "lengths, each twice the one before"),
+        ("num_iter", int, "NUMBER", "timed calls of each"),
+        ("num_heads", int, "NUMBER", "attention heads"),
+        ("emb_dim", int, "CHANNELS", "channels of the input"),
+        ("device", str, "DEVICE", "auto, cpu, cuda or cuda:N"),
+        ("backend", str, "NAME", f"kernel of dilated attention: {', '.join(BACKENDS)}"),
+        ("dtype", str, "DTYPE", "float32, bfloat16 or float16"),
+    ):
+        names = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
+        default = getattr(ComparisonConfig, name)
+        command.add_argument(*names, type=value, metavar=metavar, default=default, help=words)
+    for name, metavar in (("segment_lengths", "TOKENS"), ("dilation_rates", "RATE")):
+        command.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            nargs="+",
+            metavar=metavar,
+            default=getattr(ComparisonConfig, name),
+            help="one per branch",
+        )
+    command.add_argument(
+        "--output", type=Path, default=None, help="write OUTPUT.json, OUTPUT.svg and OUTPUT.png"
+    )
+    command.add_argument(
+        "--picture",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether to draw; --no-picture writes JSON only",
+    )
+    command.set_defaults(run=_bench)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    given = dict(vars(options))
+    output, picture = given.pop("output"), given.pop("picture")
+    del given["run"]
+    for name in ("segment_lengths", "dilation_rates"):
+        given[name] = tuple(given[name])
+    if "is_dilated" in given:
+        given["is_dilated"] = bool(given["is_dilated"])
+    run_bench(ComparisonConfig(**given), output=output, picture=picture)
 
 
 def _list(options: argparse.Namespace) -> None:

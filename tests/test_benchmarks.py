@@ -3,9 +3,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import dilated_attention as benchmark
 from benchmarks import slide_encoder
-from benchmarks.measure import alternate, peak_extra_mib
+from benchmarks.measure import finish, largest_excess, peak_extra_mib
 from benchmarks.pipelines import released_pipeline, usual_pipeline
 from longnet_zoo.ops import DilatedPattern
 from longnet_zoo.ops.reference import dilated_attention_reference
@@ -63,36 +62,25 @@ def test_memory_counts_what_is_held_at_once():
     assert peak_extra_mib(run) == pytest.approx(8, abs=0.01)
 
 
-def test_contenders_run_in_turn():
-    calls = []
-    timings = alternate(
-        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1
-    )
-    assert calls == ["a", "b"] * 4
-    assert all(t.low_s <= t.median_s <= t.high_s for t in timings.values())
+def test_an_error_is_measured_in_tolerances():
+    expected = torch.tensor([1.0, 100.0])
+    error = torch.tensor([0.0, 1e-3])
+    assert largest_excess(expected + error, expected, "float32") == pytest.approx(0.1, rel=0.01)
+    assert largest_excess(expected + 1, expected, "bfloat16") == pytest.approx(1 / 2.02)
+    assert not largest_excess(expected * float("nan"), expected, "float32") <= 1
 
 
-def test_a_wrong_op_is_not_timed(monkeypatch):
-    monkeypatch.setattr(benchmark, "ours", lambda q, k, v, pattern: q)
-    with pytest.raises(AssertionError, match="not close"):
-        benchmark.check_correct()
-
-
-def test_last_line_is_one_json_document(monkeypatch, capsys, tmp_path):
-    output = tmp_path / "results" / "cpu.json"
-    arguments = ["--seq-len", "64", "--num-heads", "4", "--head-dim", "8", "--rounds", "1"]
-    arguments += ["--segment-lengths", "16", "32", "--dilation-rates", "1", "2"]
-    monkeypatch.setattr("sys.argv", ["benchmark", *arguments, "--output", str(output)])
-    benchmark.main()
+def test_last_line_is_one_json_document(capsys, tmp_path, monkeypatch):
+    output = tmp_path / "new" / "cpu.json"
+    monkeypatch.setattr("sys.argv", ["benchmarks/slide_encoder.py", "--output", str(output)])
+    finish({"ratios": {"a": 1.5}, "output": str(output)}, output)
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert document == json.loads(output.read_text())
-    assert document["attended_pairs"] == 4 * (4 * 16 * 17 // 2 + 2 * 16 * 17 // 2)
-    assert set(document["ratios"]) == {
-        "speed_over_usual",
-        "memory_over_usual",
-        "time_over_bare_kernels",
-        "time_at_double_length",
-    }
+    assert document == json.loads((tmp_path / "new" / "cpu.json").read_text())
+    assert document["ratios"] == {"a": 1.5}
+    assert document["environment"]["torch"] == torch.__version__
+    expected = "python -m benchmarks.slide_encoder --output benchmarks/results/cpu.json"
+    assert document["command"] == expected
+    assert str(tmp_path) not in output.read_text()
 
 
 def test_slide_encoder_is_timed_against_the_usual_pipeline(monkeypatch, capsys):

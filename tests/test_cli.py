@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -188,10 +189,32 @@ def test_plot_pattern_options_win(monkeypatch, tmp_path):
             "plot-pattern --segment-lengths 8 --dilation-rates 1 --heads 4 --output p.png",
             "between 0 and 3, got (4,)",
         ),
+        ("bench --is-dilated 2", "argument --is-dilated/--is_dilated: invalid choice: 2"),
+        ("bench --num_heads 5", "emb_dim must be a multiple of num_heads, got emb_dim=384 and num"),
+        ("bench --device gpu", "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'gpu'"),
+        ("bench --backend fast", "backend must be one of ('auto', "),
+        ("bench --device cpu --backend cudnn", "backend 'cudnn' needs a CUDA device, got 'cpu'"),
+        ("bench --output picture.png", "it must have no suffix, got picture.png"),
     ],
 )
 def test_wrong_arguments_end_with_one_line_and_code_2(args, message, capsys):
     assert message in fail(*args.split(), capsys=capsys)
+
+
+def test_bench_prints_the_lines_of_the_first_benchmark(capsys, tmp_path):
+    args = "--max_seq_len 64 --num_seq_lens 2 --num-iter 1 --num_heads 2 --emb_dim 16 --device cpu"
+    out = run("bench", *args.split(), "--is_dilated", "1", capsys=capsys)
+    assert re.fullmatch(r"2 x 32:\n[\d.]+ ms\n1 x 64:\n[\d.]+ ms\n", out)
+    output = tmp_path / "new" / "bench"
+    args += f" --segment-lengths 16 32 --dilation-rates 1 2 --no-picture --output {output}"
+    out = run("bench", *args.split(), capsys=capsys)
+    line = r" +[\d.]+ ms +[\d.]+ ms +[\d.]+x\n"
+    names = " +vanilla +dilated +advantage\n"
+    written = re.escape(f"wrote {output}.json\n")
+    assert re.fullmatch(f"{names}2 x 32:\n{line}1 x 64:\n{line}{written}", out)
+    settings = json.loads(output.with_suffix(".json").read_text())["settings"]
+    assert settings["segment_lengths"] == [16, 32]
+    assert settings["is_dilated"] is None
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

@@ -25,7 +25,8 @@ ALLOWED = {
     "planner": {"ops", "models", "factory", "registry"},
     "interop": {"ops", "layers", "models", "weights", "factory", "registry"},
     "plot": {"ops"},
-    "cli": {"ops", "plot", "factory", "planner", "weights", "registry"},
+    "bench": {"ops"},
+    "cli": {"ops", "bench", "plot", "factory", "planner", "weights", "registry"},
 }
 # The oracle shares no code with what it judges; a pattern is how both are asked.
 ORACLE = "ops/reference.py"

@@ -1,0 +1,228 @@
+"""Draws the JSON files in benchmarks/results and writes docs/performance.md from them.
+
+What needs a GPU and has no file says "not measured".
+
+    python -m benchmarks.performance
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.pictures import DRAWN, draw_result
+from benchmarks.tables import TABLES, Document, figures
+
+__all__ = ["GOALS", "page", "read_results"]
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+
+QUESTIONS = {
+    "kernels": (
+        "How fast is a kernel?",
+        "Causal attention of one sequence, each contender in turn. `of dense`: share of the FLOP/s "
+        "of PyTorch's best dense attention in the same run, at the length (in the table) at which "
+        "it attends as many pairs. `vs usual`: times faster than the usual pipeline (gather, "
+        "attend, scatter, stack, mix) on PyTorch's kernel; `memory of usual`: share of its peak "
+        "memory beyond the inputs, which is in `MiB`. Bare kernel calls select and merge nothing: "
+        "the least that this kernel can take.",
+    ),
+    "length": (
+        "How does it grow with the length?",
+        "One attention layer with its projections. Every length runs in turn with the shortest: "
+        "`of the shortest's` is the ratio of times per token. `MiB` is beyond the input.",
+    ),
+    "models": (
+        "What does a training step cost?",
+        "Forward, backward and AdamW of one sequence; `MiB` is the peak beyond weights and "
+        "optimizer state. Checkpointing recomputes whole blocks, memory saving is the blockwise "
+        "parallel Transformer: `model.set_grad_checkpointing()`, `model.set_memory_saving(...)`.",
+    ),
+    "memory": (
+        "How much memory does a long training step take?",
+        "The most that forward and backward hold at once beyond weights, their gradients and the "
+        "input, float32, counted on tensors without content (`benchmarks/memory.py`).",
+    ),
+    "bench": (
+        "From which length does it pay?",
+        "`longnet-zoo bench`: self-attention with its projections, forward, at a fixed number of "
+        "tokens, in milliseconds of one sequence. Vanilla is PyTorch's own attention.",
+    ),
+    "slide_encoder": (
+        "And in a whole model?",
+        "One slide through `gigapath_slide_enc12l768d`, with the same model around other attention "
+        "ops: the usual pipeline, and the data movement of the released code.",
+    ),
+}
+
+
+def _kernel_ratio(name: str, passed: str, best: Callable[..., float]) -> Callable[..., str | None]:
+    """The worst over all sizes of the best backend's ratio."""
+
+    def find(documents: list[Document]) -> str | None:
+        by_size: dict[tuple[int, ...], list[float]] = {}
+        for cell in (x for document in documents for x in figures(document)):
+            if cell["kind"] == "dilated" and name in cell[passed]["ratios"]:
+                size = (cell["seq_len"], cell["num_heads"], cell["head_dim"])
+                by_size.setdefault(size, []).append(cell[passed]["ratios"][name])
+        worst = min if best is max else max
+        return f"{worst(map(best, by_size.values())):.2f}" if by_size else None
+
+    return find
+
+
+def _longest(passed: str, seq_len: int) -> Callable[[list[Document]], str | None]:
+    def find(documents: list[Document]) -> str | None:
+        for cell in (x for document in documents for x in figures(document)):
+            if cell["pass"] == passed and cell["seq_len"] >= seq_len:
+                return f"{cell['median_ms'] / 1000:.2f} s"
+        return None
+
+    return find
+
+
+def _million_tokens(documents: list[Document]) -> str | None:
+    for cell in (x for document in documents for x in figures(document)):
+        if cell["model"] == "longnet_lm_base" and cell["tokens"] >= 2**20:
+            return f"{cell['tokens_per_s']:,.0f} tokens/s, {cell['peak_extra_mib']:,.0f} MiB"
+    return None
+
+
+# What is to be reached on a GPU: goal, programme, and how its results answer.
+GOALS: list[tuple[str, str, Callable[[list[Document]], str | None]]] = [
+    (
+        "forward: at least 0.8 of the FLOP/s of dense attention",
+        "kernels",
+        _kernel_ratio("flops_over_dense", "forward", max),
+    ),
+    (
+        "forward + backward: at least 0.8 of the FLOP/s of dense attention",
+        "kernels",
+        _kernel_ratio("flops_over_dense", "forward+backward", max),
+    ),
+    (
+        "forward + backward: at least 3 times as fast as the usual pipeline",
+        "kernels",
+        _kernel_ratio("speed_over_usual", "forward+backward", max),
+    ),
+    (
+        "forward + backward: at most a third of its memory",
+        "kernels",
+        _kernel_ratio("memory_over_usual", "forward+backward", min),
+    ),
+    ("one layer, 16M tokens, forward", "length", _longest("forward", 2**24)),
+    ("one layer, 4M tokens, forward + backward", "length", _longest("forward+backward", 2**22)),
+    ("`longnet_lm_base`, a training step of 1M tokens", "models", _million_tokens),
+]
+
+
+def main() -> None:
+    """Draws, then writes the page."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    results = read_results(RESULTS)
+    for name in results:
+        draw_result(RESULTS / f"{name}.json")
+    PAGE.write_text(page(results), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)} from {len(results)} results")
+
+
+def read_results(folder: Path) -> dict[str, Document]:
+    """Every result by name of its file."""
+    return {
+        file.stem: json.loads(file.read_text(encoding="utf-8"))
+        for file in sorted(folder.glob("*.json"))
+    }
+
+
+def page(results: dict[str, Document]) -> str:
+    """The page, in Markdown."""
+    lines = [
+        "# Performance",
+        "",
+        "Made by `python -m benchmarks.performance` from the files in `benchmarks/results`; those "
+        "of a CPU by `make bench`. Quote the ratios: contenders of one table took turns in one "
+        "process. Seconds depend on the machine.",
+        "",
+        "## Measured where",
+        "",
+        *_places(results),
+        "",
+        "## On a GPU",
+        "",
+        *_goals(results),
+    ]
+    for benchmark, (title, words) in QUESTIONS.items():
+        chosen = {name: x for name, x in results.items() if x["benchmark"] == benchmark}
+        lines += ["", f"## {title}", "", words]
+        for name, document in chosen.items():
+            lines += _section(name, document)
+        if not chosen:
+            lines += ["", "Not measured."]
+    return "\n".join(lines) + "\n"
+
+
+def _places(results: dict[str, Document]) -> list[str]:
+    lines = ["| result | machine | versions | when |", "|---|---|---|---|"]
+    for name, document in results.items():
+        machine = document["environment"]
+        threads = f", threads: {machine['threads']}" if machine["device_type"] == "cpu" else ""
+        when = f"{machine['date']}, commit {machine['commit'] or 'unknown'}"
+        if not document.get("is_complete", True):
+            when += ", stopped early"
+        versions = f"PyTorch {machine['torch']}, Python {machine['python']}"
+        lines.append(f"| `{name}` | {machine['device']}{threads} | {versions} | {when} |")
+    return lines
+
+
+def _goals(results: dict[str, Document]) -> list[str]:
+    lines = [
+        "`benchmarks/gpu.sh` measures all of this in one call of under 9 minutes on one H200-class "
+        "GPU. bfloat16; segments 2,048 to 32,768, rates 1 to 16; 12 heads x 64 and 16 x 128; "
+        "65,536 to 1,048,576 tokens, the worst of these sizes.",
+        "",
+        "| to be reached | measured |",
+        "|---|---|",
+    ]
+    for goal, benchmark, find in GOALS:
+        documents = [
+            document
+            for document in results.values()
+            if document["benchmark"] == benchmark
+            and document["environment"]["device_type"] == "cuda"
+            and document.get("settings", {}).get("dtype") == "bfloat16"
+        ]
+        lines.append(f"| {goal} | {find(documents) or 'not measured'} |")
+    return lines
+
+
+def _section(name: str, document: Document) -> list[str]:
+    machine, settings = document["environment"], document.get("settings", {})
+    lines = ["", f"### {machine['device']}: `{name}`"]
+    facts = [f"{settings[x]}" for x in ("dtype",) if x in settings]
+    if "segment_lengths" in settings:
+        lengths, rates = settings["segment_lengths"], settings["dilation_rates"]
+        facts.append(f"segments {_series(lengths)}, rates {_series(rates)}")
+    if settings.get("piece_len"):
+        facts.append(f"in pieces of {settings['piece_len']:,} tokens")
+    if facts:
+        lines += ["", f"{'; '.join(facts)}."]
+    if "command" in document:
+        lines += ["", f"    {document['command']}"]
+    lines += TABLES[document["benchmark"]](document)
+    if document["benchmark"] in DRAWN and figures(document):
+        lines += ["", f"![{name}](../benchmarks/results/{name}.svg)"]
+    return lines
+
+
+def _series(numbers: list[int]) -> str:
+    return ", ".join(f"{number:,}" for number in numbers)
+
+
+if __name__ == "__main__":
+    main()

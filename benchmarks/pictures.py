@@ -1,0 +1,101 @@
+"""Pictures of results, SVG and PNG beside the JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.contenders import PASSES
+from benchmarks.tables import Document, figures, flops_unit
+from longnet_zoo.bench import Panel, draw, draw_bench, save_picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["DRAWN", "draw_result"]
+
+
+def draw_result(file: Path) -> tuple[Path, ...]:
+    """Draws a JSON file of results; returns the pictures, none if there is nothing to draw.
+
+    Raises:
+        RuntimeError: If matplotlib is not installed.
+    """
+    document = json.loads(file.read_text(encoding="utf-8"))
+    drawn = DRAWN.get(document["benchmark"])
+    if drawn is None or not figures(document):
+        return ()
+    return save_picture(drawn(document), file)
+
+
+def _draw(document: Document, panels: list[Panel], title: str) -> Figure:
+    machine = document["environment"]
+    facts = f"{machine['device']}, {document['settings']['dtype']}, PyTorch {machine['torch']}"
+    return draw(panels, title=title, facts=facts)
+
+
+def _draw_kernels(document: Document) -> Figure:
+    """FLOP/s of both passes, and memory, at the last size."""
+    last = figures(document)[-1]
+    size = ("seq_len", "num_heads", "head_dim")
+    cells = [x for x in figures(document) if all(x[name] == last[name] for name in size)]
+    unit, factor = flops_unit(document)
+    panels = [
+        Panel(
+            title=f"{unit}, {passed}",
+            bars={cell["contender"]: factor * cell[passed]["tflops_per_s"] for cell in cells},
+        )
+        for passed in PASSES
+    ]
+    memory = {cell["contender"]: cell[PASSES[1]]["peak_extra_mib"] for cell in cells}
+    panels.append(Panel(title="peak MiB beyond the inputs, forward+backward", bars=memory))
+    heads = f"{last['num_heads']} heads x {last['head_dim']}"
+    return _draw(document, panels, f"Attention at equal pairs: {last['seq_len']:,} tokens, {heads}")
+
+
+def _draw_length(document: Document) -> Figure:
+    panels = []
+    for title, figure in (
+        ("microseconds per token", "us_per_token"),
+        ("peak MiB", "peak_extra_mib"),
+    ):
+        lines = {
+            passed: [
+                (cell["seq_len"], cell[figure])
+                for cell in figures(document)
+                if cell["pass"] == passed
+            ]
+            for passed in PASSES
+        }
+        panels.append(
+            Panel(
+                title=title,
+                lines={name: points for name, points in lines.items() if points},
+                x_label="sequence length (tokens)",
+                y_scale="linear" if figure == "us_per_token" else "log",
+            )
+        )
+    return _draw(document, panels, "One attention layer, by length")
+
+
+def _draw_models(document: Document) -> Figure:
+    cells = figures(document)
+    panels = [
+        Panel(title=title, bars={f"{x['case']}\n{x['mode']}": x[figure] for x in cells})
+        for title, figure in (
+            ("tokens per second", "tokens_per_s"),
+            ("peak MiB beyond weights and optimizer", "peak_extra_mib"),
+        )
+    ]
+    return _draw(document, panels, "A training step")
+
+
+# Programme -> what draws its results.
+DRAWN: dict[str, Callable[[Document], Figure]] = {
+    "kernels": _draw_kernels,
+    "length": _draw_length,
+    "models": _draw_models,
+    "bench": draw_bench,
+}

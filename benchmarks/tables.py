@@ -1,0 +1,176 @@
+"""Results as Markdown: one table for each programme."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.contenders import PASSES
+
+__all__ = ["TABLES", "Document", "figures", "flops_unit"]
+
+Document = dict[str, Any]
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table, figures to the right."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
+
+
+def figures(document: Document) -> list[dict[str, Any]]:
+    """The cells that hold figures."""
+    return [cell for cell in document["cells"] if "reason" not in cell]
+
+
+def flops_unit(document: Document) -> tuple[str, float]:
+    """Unit of FLOP/s that suits the machine, and how many of it a TFLOP/s is."""
+    is_cuda = document["environment"]["device_type"] == "cuda"
+    return ("TFLOP/s", 1) if is_cuda else ("GFLOP/s", 1000)
+
+
+def _short(number: float) -> str:
+    """Three significant digits, thousands apart, no exponent."""
+    if abs(number) >= 100:
+        return f"{number:,.0f}"
+    return f"{float(f'{number:.3g}'):g}"
+
+
+def _ratio(cell: dict[str, Any], name: str) -> str:
+    return f"{cell['ratios'][name]:.2f}" if name in cell["ratios"] else "-"
+
+
+def _size(cell: dict[str, Any]) -> str:
+    return f"{cell['seq_len']:,} tokens, {cell['num_heads']} heads x {cell['head_dim']}"
+
+
+def _kernels(document: Document) -> list[str]:
+    lines = []
+    unit, factor = flops_unit(document)
+    columns = ["ms", unit, "of dense", "MiB", "vs usual", "memory of usual"]
+    for size in dict.fromkeys(map(_size, document["cells"])):
+        cells = [cell for cell in figures(document) if _size(cell) == size]
+        for passed in PASSES:
+            rows = [
+                [
+                    _contender(cell),
+                    _short(cell[passed]["median_ms"]),
+                    _short(factor * cell[passed]["tflops_per_s"]),
+                    _ratio(cell[passed], "flops_over_dense"),
+                    _short(cell[passed]["peak_extra_mib"]),
+                    _ratio(cell[passed], "speed_over_usual"),
+                    _ratio(cell[passed], "memory_over_usual"),
+                ]
+                for cell in cells
+            ]
+            lines += ["", *table([f"{size}, {passed}", *columns], rows)]
+    return [*lines, *_reasons(document, lambda cell: cell["contender"])]
+
+
+def _contender(cell: dict[str, Any]) -> str:
+    if "dense_len" in cell:
+        return f"{cell['contender']}, {cell['dense_len']:,}"
+    if "largest_difference" in cell:
+        return f"{cell['contender']} (off by {_short(cell['largest_difference'])})"
+    return str(cell["contender"])
+
+
+def _reasons(document: Document, name: Callable[[dict[str, Any]], str]) -> list[str]:
+    """What did not run, each reason once."""
+    reasons: dict[str, str] = {}
+    for cell in document["cells"]:
+        if "reason" in cell:
+            reasons.setdefault(name(cell), cell["reason"])
+    if not reasons:
+        return []
+    return ["", "Did not run:", "", *(f"- {name}: {reason}" for name, reason in reasons.items())]
+
+
+def _length(document: Document) -> list[str]:
+    rows = [
+        [
+            f"{cell['pass']}, {cell['seq_len']:,}",
+            _short(cell["median_ms"]),
+            _short(cell["us_per_token"]),
+            _ratio(cell, "time_per_token_over_shortest"),
+            _short(cell["peak_extra_mib"]),
+            _short(cell["kib_per_token"]),
+        ]
+        for cell in figures(document)
+    ]
+    header = ["pass, tokens", "ms", "us per token", "of the shortest's", "MiB", "KiB per token"]
+    lines = ["", *table(header, rows), ""]
+    longest = document["settings"]["segment_lengths"][-1]
+    for passed, slope in document.get("slopes", {}).items():
+        if slope:
+            lines.append(
+                f"{passed}: time grows as N^{slope['time']:.2f}, memory as N^{slope['memory']:.2f} "
+                f"from N = {longest:,} on."
+            )
+    return [*lines, *_reasons(document, lambda cell: f"{cell['pass']}, {cell['seq_len']:,} tokens")]
+
+
+def _models(document: Document) -> list[str]:
+    rows = [
+        [
+            f"`{cell['model']}`, {cell['tokens']:,} tokens, {cell['mode']}",
+            _short(cell["tokens_per_s"]),
+            _short(cell["peak_extra_mib"]),
+            _over_plain(cell, "time_over"),
+            _over_plain(cell, "memory_over"),
+        ]
+        for cell in figures(document)
+    ]
+    lines = ["", *table(["model", "tokens/s", "MiB", "time of plain", "memory of plain"], rows)]
+    depth = document["settings"]["num_layers"]
+    note = ["", f"With num_layers={depth}, other than the models'."] if depth else []
+    return [*lines, *note, *_reasons(document, lambda cell: f"{cell['case']}, {cell['mode']}")]
+
+
+def _over_plain(cell: dict[str, Any], name: str) -> str:
+    return _ratio(cell, name) if cell["ratios"]["over"] == "plain" else "-"
+
+
+def _bench(document: Document) -> list[str]:
+    kinds = list(document["cells"][0]["ms"])
+    rows = [
+        [
+            f"{cell['batch']} x {cell['seq_len']:,}",
+            *(f"{cell['ms'][kind]['median']:.1f}" for kind in kinds),
+            "-" if cell["advantage"] is None else f"{cell['advantage']:.2f}x",
+        ]
+        for cell in document["cells"]
+    ]
+    return ["", *table(["batch x tokens", *(f"{kind}, ms" for kind in kinds), "advantage"], rows)]
+
+
+def _memory(document: Document) -> list[str]:
+    rows = [
+        [
+            f"{row['mode']}, hidden channels {row['ffn_factor']} x",
+            f"{row['peak_mib']:,.0f}",
+            f"{row['of_plain']:.3f}",
+        ]
+        for row in document["rows"]
+    ]
+    size = f"{document['num_layers']} layers, {document['seq_len']:,} tokens"
+    title = f"`{document['model']}`, {size}"
+    return ["", *table([title, "peak MiB", "of plain"], rows)]
+
+
+def _slide_encoder(document: Document) -> list[str]:
+    """The ratios, as they are named."""
+    rows = [[name.replace("_", " "), f"{x:.3g}"] for name, x in document["ratios"].items()]
+    size = f"{document['num_tiles']:,} tiles, {document['num_layers']} layers"
+    return ["", *table([size, "ratio"], rows)]
+
+
+# Programme -> lines of Markdown of its results.
+TABLES: dict[str, Callable[[Document], list[str]]] = {
+    "kernels": _kernels,
+    "length": _length,
+    "models": _models,
+    "memory": _memory,
+    "bench": _bench,
+    "slide_encoder": _slide_encoder,
+}
