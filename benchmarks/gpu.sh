@@ -80,14 +80,14 @@ sizes() { # the sizes of a step: on a GPU, or in a dry run
 small="--device cpu --segment-lengths 64 128 --dilation-rates 1 2 --rounds 1"
 
 # 1. Right? Every kernel against the oracle.
-if "$PYTHON" -c 'import pytest' 2>/dev/null; then
+if "$PYTHON" -c 'import pytest, pytest_timeout, hypothesis' 2>/dev/null; then
   # Named one by one: other test files need packages that a bare machine lacks.
   tests=$(grep -rl --include='test_*.py' 'pytest.mark.gpu' tests)
   # shellcheck disable=SC2086 # words are wanted here and below
   step 110 "tests" "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider \
     $(sizes "" "--collect-only") $tests
 else
-  echo "== tests: left out, pytest is not installed" | tee -a "$OUT/gpu.log"
+  echo "== tests: left out, they need pytest, pytest-timeout and hypothesis" | tee -a "$OUT/gpu.log"
 fi
 
 # 2. Each kernel against dense attention at equal pairs, and against the usual pipeline.

@@ -15,6 +15,8 @@ from longnet_zoo.ops.reference import dilated_attention_reference
 from tests.ops.draws import Call, assert_parity
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Of the tests that a GPU is needed for where there is one; on a CPU like any other.
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 
 # Two tiles of 32 rows in the longer segments, several heads to an offset, and tails everywhere.
 CALL = Call(

@@ -11,6 +11,8 @@ from longnet_zoo.ops.merged_softmax import MergedSoftmax
 from tests.ops.draws import Call, assert_parity
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Of the tests that a GPU is needed for where there is one; on a CPU like any other.
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 # No kernel of plain attention has float32 on every GPU but this one.
 KERNEL = "efficient" if torch.cuda.is_available() else "sdpa"
 
