@@ -86,7 +86,7 @@ def _draw_models(document: Document) -> Figure:
         Panel(title=title, bars={f"{x['case']}\n{x['mode']}": x[figure] for x in cells})
         for title, figure in (
             ("tokens per second", "tokens_per_s"),
-            ("peak MiB beyond weights and optimizer", "peak_extra_mib"),
+            ("peak MiB beyond weights, optimizer", "peak_extra_mib"),
         )
     ]
     return _draw(document, panels, "A training step")

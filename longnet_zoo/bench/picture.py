@@ -38,7 +38,8 @@ class Panel:
     Attributes:
         title: What is shown, with its unit.
         lines: Points (x, y) of each line, by its name; both axes are logarithmic.
-        bars: Lengths of horizontal bars, by name.
+        bars: Lengths of horizontal bars, by name; those whose names end in the same line share a
+            colour.
         x_label: Name of the x axis.
         y_scale: `"log"`, or `"linear"` from zero, for lines.
     """
@@ -102,20 +103,36 @@ def _draw_lines(
     axes.set_yscale(panel.y_scale)
     if panel.y_scale == "linear":
         axes.set_ylim(bottom=0)
+    else:
+        _label_powers(axes, [y for points in lines.values() for _, y in points])
     axes.set_xlabel(panel.x_label, fontsize=9, color=_FAINT_INK)
     axes.grid(color=_GRID)
     axes.legend(fontsize=8.5, frameon=False)
 
 
+def _label_powers(axes: Axes, values: Sequence[float]) -> None:
+    """Labels a logarithmic axis at 1, 2 and 5 times the powers of ten, in plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
+
+
 def _draw_bars(axes: Axes, bars: Mapping[str, float]) -> None:
-    names = list(bars)
-    colors = [_HUES[place % len(_HUES)] for place in range(len(names))]
-    drawn = axes.barh(names, list(bars.values()), color=colors, height=0.7)
-    axes.bar_label(drawn, [f" {value:,.3g}" for value in bars.values()], fontsize=8.5)
+    kinds = list(dict.fromkeys(name.splitlines()[-1] for name in bars))
+    colors = [_HUES[kinds.index(name.splitlines()[-1]) % len(_HUES)] for name in bars]
+    drawn = axes.barh(list(bars), list(bars.values()), color=colors, height=0.7)
+    axes.bar_label(drawn, [f" {_three_digits(value)}" for value in bars.values()], fontsize=8.5)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.grid(axis="x", color=_GRID)
     axes.set_axisbelow(True)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def save_picture(figure: Figure, path: Path) -> tuple[Path, Path]:
