@@ -13,10 +13,9 @@ from longnet_zoo.ops.dilated_attention import dilated_attention
 from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.ops.reference import dilated_attention_reference
 from tests.ops.draws import Call, assert_parity
+from tests.ops.triton_device import DEVICE, MARKS
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Of the tests that a GPU is needed for where there is one; on a CPU like any other.
-pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
+pytestmark = MARKS  # pytest.mark.gpu, on a GPU
 
 # Two tiles of 32 rows in the longer segments, several heads to an offset, and tails everywhere.
 CALL = Call(

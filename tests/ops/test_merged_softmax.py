@@ -9,12 +9,11 @@ from longnet_zoo.ops import custom_op
 from longnet_zoo.ops.joint_softmax import JointSoftmax
 from longnet_zoo.ops.merged_softmax import MergedSoftmax
 from tests.ops.draws import Call, assert_parity
+from tests.ops.triton_device import DEVICE, HAS_GPU, MARKS
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Of the tests that a GPU is needed for where there is one; on a CPU like any other.
-pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
+pytestmark = MARKS  # pytest.mark.gpu, on a GPU
 # No kernel of plain attention has float32 on every GPU but this one.
-KERNEL = "efficient" if torch.cuda.is_available() else "sdpa"
+KERNEL = "efficient" if HAS_GPU else "sdpa"
 
 CALL = Call(
     segment_lengths=(12, 36),
@@ -84,7 +83,7 @@ def test_partials_keep_the_dtype_of_the_kernel(solvers):
     assert solvers == [MergedSoftmax, MergedSoftmax]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU merges")
+@pytest.mark.skipif(HAS_GPU, reason="a GPU merges")
 def test_a_cpu_does_not_merge():
     assert not custom_op.can_merge(
         custom_op.Call(device_type="cpu", dtype=torch.float32, head_dim=8)

@@ -46,7 +46,7 @@ def row_deltas(
     BLOCK_M: tl.constexpr,
 ):
     """Computes rowsum(out_grad * out) - lse_grad; grid (row tiles, heads, batch)."""
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_used = rows < problem.seq_len
     grad_base = out_grad.base + batch * out_grad.batch + head * out_grad.head

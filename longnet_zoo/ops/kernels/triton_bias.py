@@ -48,7 +48,7 @@ def bias_gradient(
         num_tiles = tl.cdiv(length, width) * tl.cdiv(tl.cdiv(width, step), BLOCK)
         for tile in range(tl.program_id(2), num_tiles, tl.num_programs(2)):
             segment, first_row, _, _ = locate_tile(
-                problem, kind, tl.to_tensor(sequence), branch, head, tile, BLOCK
+                problem, kind, sequence + 0 * head, branch, head, tile, BLOCK
             )
             first_key = first_row + band * BLOCK
             if (first_row < segment[6]) & (first_key >= 0) & (first_key < segment[6]):

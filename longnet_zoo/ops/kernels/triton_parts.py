@@ -145,7 +145,7 @@ def tile_rows(first_row, segment, problem, kind, BLOCK: tl.constexpr):
 @triton.jit
 def head_of(x, segment, head):
     """Address of a head's first row in the segment's batch row."""
-    return x.base + segment[1] * x.batch + head * x.head
+    return x.base + segment[1] * x.batch + head.to(tl.int64) * x.head
 
 
 @triton.jit
