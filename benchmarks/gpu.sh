@@ -83,9 +83,11 @@ small="--device cpu --segment-lengths 64 128 --dilation-rates 1 2 --rounds 1"
 if "$PYTHON" -c 'import pytest, pytest_timeout, hypothesis' 2>/dev/null; then
   # Named one by one: other test files need packages that a bare machine lacks.
   tests=$(grep -rl --include='test_*.py' 'pytest.mark.gpu' tests)
+  # Most of the time goes into compiling, one kernel a process.
+  workers=$("$PYTHON" -c 'import xdist; print("-n 8")' 2>/dev/null)
   # shellcheck disable=SC2086 # words are wanted here and below
   step 110 "tests" "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider \
-    $(sizes "" "--collect-only") $tests
+    $(sizes "$workers" "--collect-only") $tests
 else
   echo "== tests: left out, they need pytest, pytest-timeout and hypothesis" | tee -a "$OUT/gpu.log"
 fi

@@ -48,6 +48,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--hypothesis-profile", None):
         hypothesis.settings.load_profile("repeatable")
 
+    if torch.cuda.is_available():
+        _keep_first_tiles()
+
+
+def _keep_first_tiles() -> None:
+    """Compiles each Triton kernel with one tile shape: tests want results, not the fastest one."""
+    from longnet_zoo.ops.kernels.triton_tuning import TILES
+
+    for shapes_by_size in TILES.values():
+        for shapes in shapes_by_size.values():
+            del shapes[1:]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     has_gpu = torch.cuda.is_available()
