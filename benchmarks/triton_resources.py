@@ -30,7 +30,7 @@ from longnet_zoo.ops.kernels.triton_parts import Problem, Rows, make_kinds
 from longnet_zoo.ops.kernels.triton_tuning import tiles_for
 
 # Dynamic shared memory of a block, in bytes (CUDA C++ Programming Guide, compute capabilities).
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _ALIGNED = [["tt.divisibility", 16]]
 _TUNED = {"forward": attend_rows, "query_gradient": query_gradient, "key_gradients": key_gradients}
@@ -149,7 +149,9 @@ def _source(kernel: Any, kind: Any, blocks: dict[str, Any], dtype: str) -> ASTSo
     constants: dict[tuple[int, ...], Any] = {}
     aligned: dict[tuple[int, ...], Any] = {}
     for index, name in enumerate(kernel.arg_names):
-        if name in blocks:
+        if name == "SORT":
+            signature[name], constants[index,] = "constexpr", "any"
+        elif name in blocks:
             signature[name], constants[index,] = "constexpr", blocks[name]
         elif name == "kind":
             signature[name] = type(kind)(*["constexpr"] * len(kind))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import statistics
@@ -12,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +19,15 @@ import torch
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["Timing", "alternate", "choose_device", "environment", "make_progress"]
+__all__ = [
+    "Timing",
+    "alternate",
+    "available_mib",
+    "choose_device",
+    "environment",
+    "make_progress",
+    "time_once",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +110,20 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def available_mib(device: torch.device) -> float:
+    """Memory that can still be allocated, in MiB; infinite where the system does not say."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (free + cached) / 2**20
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return float("inf")
+    (line,) = [line for line in lines if line.startswith("MemAvailable:")]
+    return int(line.split()[1]) / 1024
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What a figure depends on besides the code and the settings: machine and versions."""
     is_cuda = device.type == "cuda"
@@ -116,12 +136,21 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if is_cuda else None,
-        "triton": metadata.version("triton") if importlib.util.find_spec("triton") else None,
+        "triton": _triton_version(),
         "python": platform.python_version(),
         "longnet_zoo": sys.modules["longnet_zoo"].__version__,
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def _triton_version() -> str | None:
+    # Its builds go by several names of packages, so only the module itself knows.
+    try:
+        import triton
+    except ImportError:
+        return None
+    return str(triton.__version__)
 
 
 def _cpu_name() -> str:
@@ -134,11 +163,20 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of a clone; None for an installed package."""
+    """The commit of a clone, `-dirty` if its files differ; None for an installed package."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    commit = _git(root, "rev-parse", "--short", "HEAD")
+    # What a run itself writes is no other code.
+    written = (":!benchmarks/results", ":!docs/performance.md")
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    return f"{commit}-dirty" if commit and changed else commit
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What git prints; None if nothing, or where it does not run."""
+    command = ["git", "-C", str(root), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:

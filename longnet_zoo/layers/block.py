@@ -180,7 +180,7 @@ class TransformerBlock(nn.Module):
         return around.split(
             x,
             segment_length=attention.pattern.segment_lengths[-1],
-            min_length=max(1, saving.chunk_size // len(x)),
+            min_length=max(1, saving.chunk_size // max(1, len(x))),
         )
 
     def _attend(self, x: Tensor, around: Surroundings, skip: Tensor | None) -> Tensor:

@@ -136,7 +136,7 @@ def run_again_in_backward(
     if saving.keep_attention:
         keeping, second_run.inner = keep()
         first = _offloadable(keeping)
-    with save_on_cpu(pin_memory=x.is_cuda) if saving.offload else nullcontext():
+    with _offloading(saving, x), _same_casts(saving):
         return checkpoint(
             run, x, second_run, use_reentrant=False, context_fn=lambda: (first, second_run)
         )
@@ -166,7 +166,7 @@ def run_in_chunks(
     Returns:
         What the function returns for all tokens, (b, n, e); in the second run nothing of use.
     """
-    parts = x.split(max(1, chunk_size // len(x)), dim=1)
+    parts = x.split(max(1, chunk_size // max(1, len(x))), dim=1)
     if second_run.is_on:
         runs: list[Callable[[Tensor], Tensor]] = [_same for _ in parts]
     else:
@@ -177,6 +177,21 @@ def run_in_chunks(
         for run_part, part in zip(runs, parts, strict=True)
     ]
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+def _offloading(saving: MemorySaving, x: Tensor) -> AbstractContextManager[object]:
+    return save_on_cpu(pin_memory=x.is_cuda) if saving.offload else nullcontext()
+
+
+@contextmanager
+def _same_casts(saving: MemorySaving) -> Iterator[None]:
+    """Lets autocast cast weights in the second run as often as in the first, which is counted."""
+    was_enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(was_enabled and not saving.keep_attention)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(was_enabled)
 
 
 def _same(x: Tensor) -> Tensor:

@@ -215,7 +215,7 @@ def differentiate(
         q_grad, k_grad, v_grad, bias_grad = _fake_backward(
             out_grad, lse_grad, q, k, v, out, lse, *options
         )
-        bias_grad.zero_()
+        bias_grad_sum = torch.zeros_like(bias_grad, dtype=lse.dtype)
         for span in spans:
             rows = [x[:, span] for x in (q, k, v, out, lse)]
             problem = op.problem(
@@ -225,8 +225,8 @@ def differentiate(
             grads = problem.backward(out_grad[:, span], span_lse_grad, *rows)
             q_grad[:, span], k_grad[:, span], v_grad[:, span] = grads[:3]
             if grads[3] is not None:
-                bias_grad += grads[3]
-    return q_grad, k_grad, v_grad, bias_grad
+                bias_grad_sum += grads[3]
+    return q_grad, k_grad, v_grad, bias_grad_sum.to(bias_grad.dtype)
 
 
 def _fake_backward(

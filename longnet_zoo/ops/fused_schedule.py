@@ -64,6 +64,10 @@ class FusedSchedule:
         """Number of the branch that covers every row."""
         return len(self.lengths) - 1
 
+    def num_rows(self, branch: int, length: int) -> int:
+        """Rows that a full segment of a branch has in a sequence."""
+        return _segments(*self.lengths[branch], length)[0][1]
+
     def num_tiles(self, branch: int, length: int, block: int) -> int:
         """Tiles of `block` rows that a branch has in a sequence, for each head."""
         return sum(
@@ -93,7 +97,11 @@ def fused_schedule(
     attends = attends and 1 in pattern.dilation_rates
     if attends:
         order.append(order.pop(pattern.dilation_rates.index(1)))
-    lengths = [pattern.branches[branch] for branch in order]
+    # No sequence is as long as what these bounds cut off.
+    lengths = [
+        (min(width, DENSE_SEGMENT), min(rate, DENSE_SEGMENT))
+        for width, rate in (pattern.branches[branch] for branch in order)
+    ]
     offsets = [pattern.offsets(branch, num_heads) for branch in order]
     if not attends:
         lengths.append((DENSE_SEGMENT, 1))

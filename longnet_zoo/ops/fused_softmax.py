@@ -25,6 +25,8 @@ __all__ = ["FusedSoftmax", "kernel_rows", "launch_last", "on_device"]
 
 # Memory of the partials of a pass.
 _PASS_BYTES = 2**30
+# A CUDA graph copies the tables again whenever it is replayed, from where they lie now.
+_CAPTURED: list[FusedSchedule] = []
 _DELTA_BLOCK = 64
 _BAND_BLOCK = 32
 # As many programmes as keep a large GPU busy.
@@ -118,6 +120,8 @@ class FusedSoftmax(JointSoftmax):
         schedule = fused_schedule(
             self.pattern, tuple(self.groups), q.shape[2], q.is_cuda, attends=attends
         )
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            _CAPTURED.append(schedule)
         tables = {
             name: getattr(schedule, name).to(q.device, non_blocking=True)
             for name in ("sequences", "branches", "offsets")
@@ -146,7 +150,7 @@ class FusedSoftmax(JointSoftmax):
             bias_length=0 if bias is None else bias.shape[1],
             is_hidden=unread if is_hidden is None else is_hidden.contiguous().view(torch.uint8),
             dropout_p=float(self.dropout_p),
-            seed=self.seed,
+            seed=self.seed | 1,  # never divisible by 16, so that no seed needs another compilation
         )
         return _Setup(schedule, problem, kinds)
 
@@ -221,8 +225,11 @@ def _launch_branch(
     num_heads: int,
     block: str,
 ) -> None:
+    from .kernels.triton_tuning import sort_of
+
     schedule = setup.schedule
     for launch in schedule.launches:
+        sort = sort_of(setup.kinds[branch], schedule.num_rows(branch, launch.max_length))
 
         def grid(
             meta: dict[str, Any],
@@ -238,6 +245,7 @@ def _launch_branch(
             first_head,
             schedule.num_partials,
             branch,
+            SORT=sort,
         )
 
 
@@ -267,7 +275,7 @@ def _deltas(out_grad: Tensor, out: Tensor, lse_grad: Tensor | None, setup: _Setu
 
     batch, seq_len, num_heads, _ = out.shape
     delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
-    row_deltas[-(-seq_len // _DELTA_BLOCK), num_heads, batch](
+    row_deltas[batch * -(-seq_len // _DELTA_BLOCK), num_heads](
         kernel_rows(out_grad),
         out,
         delta if lse_grad is None else lse_grad.float().contiguous(),

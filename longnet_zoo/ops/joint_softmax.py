@@ -106,6 +106,7 @@ class JointSoftmax:
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
         grads = [self._sums(x) for x in (q, k, v)]
         q, k, v, out_grad = self._laid_out(*self._without_hidden(q, k, v, out_grad))
+        out, lse = self._laid_out(out, lse)
         q, k = self._decay_all(q, k)
         bias = self.dense_bias if self.dense_bias is not None else self.distance_bias
         bias_grad = None

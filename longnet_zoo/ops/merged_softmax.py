@@ -74,12 +74,10 @@ class MergedSoftmax(FusedSoftmax):
 
         assert lse_grad is None, "the kernels refuse it"
         dtype = q.dtype
-        # A row that saw nothing has no weights: exp(logits - inf) = 0.
-        row_lse = lse.masked_fill(lse == float("-inf"), float("inf"))
         q, k = self._decay_all(q, k)
         setup = self._setup(q, k, attends=False)
         partials = [self._partials_of(x, setup.schedule) for x in (q, k, v)]
-        saved = [out_grad, q, k, v, out, row_lse]
+        saved = [out_grad, q, k, v, out, lse]
         for _, views in self._calls(saved, partials, setup.schedule):
             new_grads = self.kernel.backward(*views[:6], self._options)
             for rows, grad in zip(views[6:], new_grads, strict=True):

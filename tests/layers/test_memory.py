@@ -270,11 +270,13 @@ def test_only_inputs_of_blocks_are_kept_and_offloaded(monkeypatch):
     assert [shape for shape in moved if shape != (0,)] == [(1, 12, 24)] * 3
 
 
+@pytest.mark.parametrize("keep_attention", [False, True])
 @pytest.mark.parametrize("norm", ["sub_ln", "pre_ln", "deepnorm"])
-def test_autocast_gives_the_plain_gradients(norm):
+def test_autocast_gives_the_plain_gradients(norm, keep_attention):
     stack, x = make(norm=norm, drop_path=0.3), torch.randn(2, SEQ_LEN, 24)
+    saving = MemorySaving(chunk_size=14, keep_attention=keep_attention)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_saving_changes_nothing(stack, x, MemorySaving(chunk_size=14), tolerance=2e-2)
+        assert_saving_changes_nothing(stack, x, saving, tolerance=2e-2)
 
 
 def test_backward_twice_and_a_change_in_between():

@@ -60,3 +60,15 @@ def test_spans_draw_their_own_dropout(spans_of_24):
     v = torch.eye(6).repeat(8, 1)[None, :, None].expand(2, -1, 3, -1)
     out = dilated_attention(q, q, v, CALL.pattern, dropout_p=0.5)
     assert not torch.equal(out[:, :24], out[:, 24:])
+
+
+@pytest.mark.usefixtures("spans_of_24")
+def test_dropout_in_spans_has_the_gradient_of_what_it_computed():
+    inputs = [torch.randn(2, 29, 3, 6, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    factors = torch.randn(2, 29, 3, 6, dtype=torch.float64)
+
+    def loss(*inputs):
+        torch.manual_seed(3)
+        return (dilated_attention(*inputs, CALL.pattern, dropout_p=0.3) * factors).sum()
+
+    torch.autograd.gradcheck(loss, inputs, atol=1e-6, fast_mode=True)

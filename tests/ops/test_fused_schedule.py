@@ -1,5 +1,6 @@
 """The tables that the Triton kernels read, on integers."""
 
+from longnet_zoo.ops import fused_schedule as module
 from longnet_zoo.ops.fused_schedule import Launch, fused_schedule
 from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.ops.sequences import SequenceGroup
@@ -60,3 +61,20 @@ def test_tiles_count_what_every_segment_needs():
     assert schedule.num_tiles(coarse, 57, 4) == 4 + 2
     assert schedule.num_tiles(last, 57, 4) == 5 * 3 + 2
     assert schedule.num_tiles(last, 7, 4) == 2
+
+
+def test_a_launch_has_no_more_sequences_than_a_grid(monkeypatch):
+    monkeypatch.setattr(module, "_MAX_SEQUENCES", 2)
+    pattern = DilatedPattern(segment_lengths=(4, 9), dilation_rates=(1, 3))
+    schedule = fused_schedule(pattern, batch_of(5, 7, 6, 4, 3), 1, False)
+    assert [(launch.first, launch.count, launch.max_length) for launch in schedule.launches] == [
+        (0, 2, 7),
+        (2, 2, 5),
+        (4, 1, 3),
+    ]
+
+
+def test_segments_longer_than_any_sequence_fit_the_tables():
+    pattern = DilatedPattern(segment_lengths=(4, 2**33), dilation_rates=(1, 2))
+    schedule = fused_schedule(pattern, batch_of(10), 1, False)
+    assert schedule.branches.tolist() == [[2**30, 2], [4, 1]]

@@ -173,3 +173,19 @@ def test_gradients_repeat_to_the_bit():
         results.append(torch.autograd.grad(out.square().sum(), [inputs[x] for x in "qkv"]))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def test_packed_documents_heads_and_branches_draw_their_own_dropout():
+    pattern = DilatedPattern(segment_lengths=(15, 16), dilation_rates=(1, 1))
+    q = torch.zeros(1, 30, 3, 15, device=DEVICE)
+    one_hot = torch.eye(15, device=DEVICE).repeat(2, 1)[None, :, None].expand(1, -1, 3, -1)
+    bounds = torch.tensor([0, 15, 30], dtype=torch.int32, device=DEVICE)
+    # Each weight is 0, 1 or 2 times that of one branch.
+    counts = dropped(q, q, one_hot, pattern, cu_seqlens=bounds)
+    parts = [counts[0, first : first + 15, head] for first in (0, 15) for head in range(3)]
+    for index, part in enumerate(parts):
+        assert all(not torch.equal(part, other) for other in parts[index + 1 :])
+    # Branch 1 of head 0 must not be branch 0 of head 1: then their counts would move together.
+    first, second = (counts[0, :, head].flatten() for head in (0, 1))
+    correlation = torch.corrcoef(torch.stack([first, second]))[0, 1].item()
+    assert abs(correlation) < 0.2

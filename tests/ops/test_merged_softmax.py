@@ -83,6 +83,11 @@ def test_partials_keep_the_dtype_of_the_kernel(solvers):
     assert solvers == [MergedSoftmax, MergedSoftmax]
 
 
+def test_plain_products_are_summed_up_block_by_block(solvers):
+    assert_parity(CALLS["causal"], "math")
+    assert solvers == [JointSoftmax, JointSoftmax]
+
+
 @pytest.mark.skipif(HAS_GPU, reason="a GPU merges")
 def test_a_cpu_does_not_merge():
     assert not custom_op.can_merge(

@@ -42,6 +42,13 @@ class Call:
     has_dropout: bool = False
     has_lse_grad: bool = False
 
+    def below_capability(self, needed: tuple[int, int]) -> str | None:
+        """Says that an NVIDIA GPU is too old for a kernel, or None."""
+        if self.capability is None or self.capability >= needed:
+            return None
+        found, wanted = (".".join(map(str, x)) for x in (self.capability, needed))
+        return f"needs compute capability {wanted}, got {found}"
+
     def beyond_fused(self) -> str | None:
         """Says which property kernels of plain attention do not serve, or None."""
         for is_asked, what in (

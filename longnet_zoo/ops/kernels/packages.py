@@ -53,8 +53,16 @@ def _is_found(module: str) -> bool:
 
 
 def _spec(module: str, path: Sequence[str] | None) -> ModuleSpec | None:
-    specs = (finder.find_spec(module, path) for finder in sys.meta_path)
-    return next((spec for spec in specs if spec is not None), None)
+    for finder in sys.meta_path:
+        # Finders may be of an older kind, or block a package by raising.
+        find_spec = getattr(finder, "find_spec", lambda *_: None)
+        try:
+            spec: ModuleSpec | None = find_spec(module, path)
+        except ImportError:
+            return None
+        if spec is not None:
+            return spec
+    return None
 
 
 @lru_cache

@@ -32,7 +32,7 @@ def supports(call: Call) -> str | None:
         return f"does not support {call.dtype} on {call.device_type!r}"
     if call.device_type == "cuda" and (call.head_dim % 8 or call.head_dim > _MAX_HEAD_DIM):
         return f"needs a head_dim divisible by 8 and at most 256 on CUDA, got {call.head_dim}"
-    return call.beyond_fused()
+    return call.below_capability((8, 0)) or call.beyond_fused()
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: BlockOptions) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,11 @@ NAME = "triton"
 def _load() -> ModuleType:
     import triton
 
+    from . import triton_parts  # noqa: F401 - an old Triton lacks what it imports
+
+    if torch.cuda.is_available():
+        # Builds the launcher, for which a bare machine may lack a C compiler.
+        triton.runtime.driver.active.get_current_target()
     return triton
 
 
@@ -29,15 +34,12 @@ PACKAGE = OptionalPackage(modules=("triton",), install="pip install triton", loa
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_HEAD_DIM = 256
-_MIN_CAPABILITY = (8, 0)
 
 
 def supports(call: Call) -> str | None:
     """Says why a call cannot be served, or None."""
     if call.device_type != "cuda" and not (call.device_type == "cpu" and _is_interpreted()):
         return f"needs a CUDA device (or TRITON_INTERPRET=1, for tests), got {call.device_type!r}"
-    if call.capability is not None and call.capability < _MIN_CAPABILITY:
-        return f"needs compute capability 8.0, got {'.'.join(map(str, call.capability))}"
     if call.dtype not in _DTYPES:
         return f"does not support {call.dtype}"
     if call.head_dim > _MAX_HEAD_DIM:
@@ -46,7 +48,7 @@ def supports(call: Call) -> str | None:
         return "does not support a bias by pairs of positions"
     if call.has_unnested_xpos:
         return "does not support xPos with segments that do not nest in the longest one"
-    return None
+    return call.below_capability((8, 0))
 
 
 def _is_interpreted() -> bool:

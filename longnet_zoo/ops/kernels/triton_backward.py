@@ -45,9 +45,11 @@ def row_deltas(
     HAS_LSE_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Computes rowsum(out_grad * out) - lse_grad; grid (row tiles, heads, batch)."""
-    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Computes rowsum(out_grad * out) - lse_grad; grid (row tiles of all the batch, heads)."""
+    num_tiles = tl.cdiv(problem.seq_len, BLOCK_M)
+    head = tl.program_id(1).to(tl.int64)
+    batch = (tl.program_id(0) // num_tiles).to(tl.int64)
+    rows = (tl.program_id(0) % num_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_used = rows < problem.seq_len
     grad_base = out_grad.base + batch * out_grad.batch + head * out_grad.head
     grad = load_tile(grad_base, rows, out_grad.row, is_used, kind, True)
@@ -75,6 +77,7 @@ def query_gradient(
     first_head,
     num_partials,
     branch,
+    SORT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -166,6 +169,7 @@ def key_gradients(
     first_head,
     num_partials,
     branch,
+    SORT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):

@@ -46,6 +46,7 @@ def attend_rows(
     first_head,
     num_partials,
     branch,
+    SORT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):

@@ -50,7 +50,10 @@ class Rows(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What a launch reads beside the tensors; no number of it needs another compilation."""
+    """What a launch reads beside the tensors.
+
+    Triton compiles again for a number that is 1, or that 16 divides, where the last one was not.
+    """
 
     sequences: Any  # see FusedSchedule
     branches: Any

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import triton
 
-__all__ = ["TILES", "Kernel", "Tile", "autotuned", "tiles_for"]
+__all__ = ["TILES", "Kernel", "Tile", "autotuned", "sort_of", "tiles_for"]
 
 Kernel = Literal["forward", "query_gradient", "key_gradients"]
 Tile = tuple[int, int, int, int]
@@ -31,19 +31,28 @@ TILES: dict[Kernel, dict[int, list[Tile]]] = {
     },
 }
 # float32 products are three of tensor cores each: what counts is that little is spilled.
-_FLOAT32_TILES = {64: (32, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 32, 8, 1)}
+_FLOAT32_TILES: dict[int, list[Tile]] = {
+    64: [(32, 32, 4, 2)],
+    128: [(32, 32, 4, 1)],
+    256: [(16, 32, 8, 1), (16, 16, 4, 1)],  # the second one for less than 100 KiB shared memory
+}
 _INTERPRETED = (32, 32, 4, 1)
+# Beyond them a segment has so many tiles that their number does not matter.
+_MANY_ROWS = 2048
 
 
 def tiles_for(kernel: Kernel, head_dim: int, *, is_float32: bool) -> list[Tile]:
     """Lists the tile shapes that are tried for a head_dim, best guess first."""
     size = min(bound for bound in TILES[kernel] if head_dim <= bound)
-    return [_FLOAT32_TILES[size]] if is_float32 else TILES[kernel][size]
+    return _FLOAT32_TILES[size] if is_float32 else TILES[kernel][size]
 
 
 def autotuned(kernel: Kernel) -> Callable[[Any], Any]:
-    """Decorates a kernel so that its first call of a sort times the tile shapes it may have."""
-    lists = [*TILES[kernel].values(), list(_FLOAT32_TILES.values())]
+    """Decorates a kernel so that its first call of a sort times the tile shapes it may have.
+
+    The kernel's parameter `SORT` is text by which calls share a choice: see `sort_of`.
+    """
+    lists = [*TILES[kernel].values(), *_FLOAT32_TILES.values()]
     shapes = sorted({shape for shapes in lists for shape in shapes})
     if triton.knobs.runtime.interpret:  # nothing to time, and small tiles show more borders
         shapes = [_INTERPRETED]
@@ -60,10 +69,16 @@ def autotuned(kernel: Kernel) -> Callable[[Any], Any]:
             triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
             for m, n, warps, stages in shapes
         ],
-        key=["kind"],
+        key=["SORT"],  # text, since the choice is written to disk as JSON
         prune_configs_by={"early_config_prune": prune},
         cache_results=True,
     )
+
+
+def sort_of(kind: Any, rows: int) -> str:
+    """Names calls that share a tile shape: those of a kind with segments of similarly many rows."""
+    fields = [str(field.value) for field in kind]
+    return " ".join([*fields, str(min(_MANY_ROWS, triton.next_power_of_2(rows)))])
 
 
 def _shape(config: Any) -> Tile:

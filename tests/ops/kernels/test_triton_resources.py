@@ -80,3 +80,22 @@ def test_the_interpreter_is_refused():
     )
     assert done.returncode == 1
     assert "TRITON_INTERPRET=1 keeps Triton from compiling" in done.stderr
+
+
+@pytest.mark.slow
+def test_calls_bind_tune_and_compile_as_on_a_gpu(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ops.kernels.triton_dry_run"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    compiled = json.loads(done.stdout.splitlines()[-1])
+    kernels = {"attend_rows", "query_gradient", "key_gradients", "row_deltas", "bias_gradient"}
+    assert set(compiled) == kernels
+    # Tile shapes that were timed are on disk.
+    assert list(tmp_path.rglob("*.autotune.json"))
