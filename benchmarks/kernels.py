@@ -26,13 +26,14 @@ from benchmarks.contenders import FLOPS, PASSES, Contender, Run, Shape, contende
 from benchmarks.measure import (
     Timing,
     alternate,
+    at_least_1,
     choose_device,
     make_parser,
     peak_extra_mib,
     timing_ms,
 )
 from benchmarks.record import Cell, Record, reason_of, run_programme, stop_if_broken
-from longnet_zoo.bench import make_progress, time_once
+from longnet_zoo.bench import make_progress, reading, time_once
 from longnet_zoo.ops import BACKENDS, DilatedPattern
 from longnet_zoo.ops.kernels.preference import write_preference
 
@@ -46,8 +47,11 @@ def main(options: argparse.Namespace) -> int:
     """Runs every size; returns 1 if a contender was wrong."""
     if options.write_preference:
         files = options.write_preference
-        documents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        write_preference([row for document in documents for row in preference_rows(document)])
+        rows = []
+        for file in files:
+            with reading(file):
+                rows += preference_rows(json.loads(file.read_text(encoding="utf-8")))
+        write_preference(rows)
         return 0
     device = choose_device(options.device)
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -265,7 +269,7 @@ def preference_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
 def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("--seq-lens", type=int, nargs="+", default=[32768], help="tokens")
+    parser.add_argument("--seq-lens", type=at_least_1, nargs="+", default=[32768], help="tokens")
     parser.add_argument(
         "--shapes", type=read_shape, nargs="+", default=[(8, 64)], help="HEADSxHEAD_DIM, as 8x64"
     )

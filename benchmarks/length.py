@@ -26,6 +26,7 @@ from benchmarks.contenders import PASSES, Shape, check_backend
 from benchmarks.measure import (
     DTYPES,
     alternate,
+    at_least_1,
     available_mib,
     choose_device,
     largest_excess,
@@ -281,14 +282,14 @@ def show_slopes(record: Record) -> None:
 def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("--min-seq-len", type=int, default=8192, help="tokens")
-    parser.add_argument("--max-seq-len", type=int, default=131072, help="tokens, forward")
+    parser.add_argument("--min-seq-len", type=at_least_1, default=8192, help="tokens")
+    parser.add_argument("--max-seq-len", type=at_least_1, default=131072, help="tokens, forward")
     parser.add_argument(
-        "--max-backward-seq-len", type=int, default=65536, help="tokens, forward + backward"
+        "--max-backward-seq-len", type=at_least_1, default=65536, help="tokens, forward + backward"
     )
     parser.add_argument("--piece-len", type=int, help="tokens that the layer takes at a time")
-    parser.add_argument("--num-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--num-heads", type=at_least_1, default=8)
+    parser.add_argument("--head-dim", type=at_least_1, default=64)
     parser.add_argument("--segment-lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--dilation-rates", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--backend", choices=BACKENDS, default="auto")

@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # The profiler reports its own life on the terminal at any lower level.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -18,13 +18,24 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import torch
 from torch import Tensor
 
-from longnet_zoo.bench import Timing, alternate, choose_device, environment
+from longnet_zoo.bench import (
+    Timing,
+    alternate,
+    available_mib,
+    check_output,
+    choose_device,
+    environment,
+    write_json,
+)
 
 __all__ = [
     "DTYPES",
+    "Parser",
     "Timing",
     "alternate",
+    "at_least_1",
     "available_mib",
+    "check_output",
     "choose_device",
     "command_line",
     "environment",
@@ -43,18 +54,36 @@ DTYPES = {
 }
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Keeps the lines of a description, and says what is wrong in one line."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with exit status 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def at_least_1(text: str) -> int:
+    """Reads a positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def make_parser(description: str | None) -> Parser:
     """A parser with the options that every resumable programme has."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), help="default: float32 on a CPU, else bf16"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
-    parser.add_argument("--output", type=Path, help="JSON file, written after every cell")
+    parser.add_argument("--rounds", type=at_least_1, default=5, help="timed rounds")
+    parser.add_argument("--threads", type=at_least_1, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--output", type=Path, help="JSON file, overwritten after every cell")
     parser.add_argument(
         "--resume", action="store_true", help="keep the finished cells of --output, run the others"
     )
@@ -94,20 +123,6 @@ def timing_ms(timing: Timing) -> dict[str, float]:
     }
 
 
-def available_mib(device: torch.device) -> float:
-    """Memory that can still be allocated, in MiB; infinite where the system does not say."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (free + cached) / 2**20
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return float("inf")
-    (line,) = [line for line in lines if line.startswith("MemAvailable:")]
-    return int(line.split()[1]) / 1024
-
-
 def largest_excess(found: Tensor, expected: Tensor, dtype: str) -> float:
     """Largest error over its tolerance: at most 1 for a right result, NaN for NaNs.
 
@@ -119,23 +134,22 @@ def largest_excess(found: Tensor, expected: Tensor, dtype: str) -> float:
     return ((found.double() - expected).abs() / (absolute + relative * size)).max().item()
 
 
-def command_line(output: str | Path | None) -> str:
+def command_line(output: Path | None) -> str:
     """The command of this process; wherever its results went, they are read from one folder."""
     given = sys.argv[1:]
     if output is not None:
-        kept = f"benchmarks/results/{Path(output).name}"
+        kept = f"benchmarks/results/{output.name}"
         given = [kept if argument == str(output) else argument for argument in given]
     given = [argument for argument in given if argument != "--resume"]
     return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *given])
 
 
-def finish(results: dict[str, Any], output: str | Path | None) -> None:
+def finish(results: dict[str, Any], output: Path | None) -> None:
     """Prints the results as one JSON document on the last line, and writes them if asked."""
     device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
     # The command says where to, without the folders of this machine.
     document = {name: value for name, value in results.items() if name != "output"}
     document |= {"command": command_line(output), "environment": environment(device)}
-    if output:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(json.dumps(document, indent=2) + "\n")
+    if output is not None:
+        write_json(document, output)
     print(json.dumps(document))

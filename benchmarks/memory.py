@@ -16,6 +16,7 @@ import argparse
 import weakref
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.measure import finish, peak_extra_mib
+from benchmarks.measure import Parser, at_least_1, check_output, finish, peak_extra_mib
+from benchmarks.record import run_programme
 from longnet_zoo.factory import create_model
 from longnet_zoo.layers import MemorySaving
 from longnet_zoo.models.text import TextModel
@@ -42,19 +44,13 @@ MODES: dict[str, MemorySaving | None] = {
 _ATTENTION = torch.ops.longnet_zoo
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> int:
     """Counts, checks if asked, prints a table and one JSON document."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="longnet_lm_base", help="a text model of the registry")
-    parser.add_argument("--seq-len", type=int, default=32768, help="tokens")
-    parser.add_argument("--num-layers", type=int, default=12)
-    parser.add_argument("--ffn-factor", type=int, nargs="+", default=[4, 8], help="of embed_dim")
-    parser.add_argument("--vocab-size", type=int, help="default: that of the model")
-    parser.add_argument("--check", action="store_true", help="compare with real steps")
-    parser.add_argument("--output", help="JSON file to write")
-    options = parser.parse_args()
+    modality = find_model(options.model).modality
+    if modality != "text":
+        raise ValueError(f"--model must be a text model, got {options.model!r} of {modality}.")
+    if options.output is not None:
+        check_output(options.output)
     rows: list[dict[str, Any]] = []
     for factor in options.ffn_factor:
         counts = {
@@ -71,6 +67,7 @@ def main() -> None:
                 rows[-1]["real_mib"] = training_step_peak_mib(make, options.seq_len, is_real=True)
             print(line_of(rows[-1]), flush=True)
     finish({"benchmark": "memory", **vars(options), "rows": rows}, options.output)
+    return 0
 
 
 def make_model(options: argparse.Namespace, ffn_factor: int, mode: str) -> TextModel:
@@ -169,5 +166,20 @@ class _Counter(TorchDispatchMode):
         self.held -= num_bytes
 
 
+def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options of the command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("--model", default="longnet_lm_base", help="a text model of the registry")
+    parser.add_argument("--seq-len", type=at_least_1, default=32768, help="tokens")
+    parser.add_argument("--num-layers", type=at_least_1, default=12)
+    parser.add_argument(
+        "--ffn-factor", type=at_least_1, nargs="+", default=[4, 8], help="of embed_dim"
+    )
+    parser.add_argument("--vocab-size", type=at_least_1, help="default: that of the model")
+    parser.add_argument("--check", action="store_true", help="compare with real steps")
+    parser.add_argument("--output", type=Path, help="JSON file, overwritten")
+    return parser.parse_args(arguments)
+
+
 if __name__ == "__main__":
-    main()
+    run_programme(main, read_options())

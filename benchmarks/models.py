@@ -3,7 +3,7 @@
 A step is forward, backward and AdamW, one sequence a batch, on random input and weights; on a GPU
 in bfloat16 autocast. Modes: "plain"; "checkpointing" recomputes whole blocks
 (`set_grad_checkpointing`); "memory saving" is the blockwise parallel Transformer
-(`set_memory_saving`). All modes of a model run in turn in one process.
+(`set_memory_saving`) with at least four chunks of tokens where these are not few. All modes of a model run in turn in one process.
 
     python -m benchmarks.models --output benchmarks/results/models-cpu.json
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from benchmarks.measure import (
     DTYPES,
     alternate,
+    at_least_1,
     choose_device,
     make_parser,
     peak_extra_mib,
@@ -32,11 +34,15 @@ from benchmarks.slide_encoder import draw_slide
 from longnet_zoo.bench import make_progress
 from longnet_zoo.factory import create_model, model_info
 from longnet_zoo.layers import MemorySaving
+from longnet_zoo.registry import find_model
 
-MODES: dict[str, Callable[[Any], None]] = {
-    "plain": lambda model: model.set_memory_saving(None),
-    "checkpointing": lambda model: model.set_grad_checkpointing(True),
-    "memory saving": lambda model: model.set_memory_saving(MemorySaving()),
+# Takes the model and its number of tokens.
+MODES: dict[str, Callable[[Any, int], None]] = {
+    "plain": lambda model, _: model.set_memory_saving(None),
+    "checkpointing": lambda model, _: model.set_grad_checkpointing(True),
+    "memory saving": lambda model, num_tokens: model.set_memory_saving(
+        MemorySaving(chunk_size=chunk_size(num_tokens))
+    ),
 }
 # Relative, of loss and norm of the gradient.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
@@ -45,9 +51,18 @@ CASES = ["longnet_lm_base:2048", "gigapath_slide_enc12l768d:4096", "longvit_smal
 Loss = Callable[[], Tensor]
 
 
+def chunk_size(num_tokens: int) -> int:
+    """Tokens of a chunk: fewer than all of them, without which memory saving saves as much as
+    checkpointing does, and no more than by default.
+    """
+    return min(MemorySaving().chunk_size or num_tokens, max(256, num_tokens // 4))
+
+
 def main(options: argparse.Namespace) -> int:
     """Runs every case; returns 1 if a step failed, or the modes of a model disagree."""
     device = choose_device(options.device)
+    for case in options.cases:
+        model_options(case, options.num_layers)
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -70,11 +85,8 @@ def measure(
 ) -> None:
     """Measures the modes of one model, in turn."""
     name, _, size = case.partition(":")
-    given = {"num_layers": options.num_layers} if options.num_layers else {}
-    # Pixels of a vision model are its image size; other sizes are those of the input.
+    given = model_options(case, options.num_layers)
     modality = model_info(name).modality
-    if modality == "vision" and size:
-        given["img_size"] = int(size)
     model = create_model(name, **given).to(device)
     loss_of, num_tokens = make_loss(model, modality, int(size or 0), device)
     step = make_step(model, loss_of, dtype)
@@ -84,20 +96,22 @@ def measure(
         if record.find(case=case, mode=mode) is not None:
             continue
         ready[mode] = {"case": case, "model": name, "mode": mode, "tokens": num_tokens}
-        MODES[mode](model)
+        if mode == "memory saving":
+            ready[mode]["chunk_size"] = chunk_size(num_tokens)
+        MODES[mode](model, num_tokens)
         with reason_if_it_fails(ready, mode, model, record):
             found = loss_and_grad_norm(model, loss_of, dtype)
             expected = found if expected is None else expected
             check_agreement(found, expected, dtype)
     # Only now, since a step changes the weights.
     for mode in list(ready):
-        MODES[mode](model)
+        MODES[mode](model, num_tokens)
         with reason_if_it_fails(ready, mode, model, record):
             step()
             ready[mode]["peak_extra_mib"] = peak_extra_mib(step)
 
     def run(mode: str) -> None:
-        MODES[mode](model)
+        MODES[mode](model, num_tokens)
         step()
 
     with make_progress() as progress:
@@ -120,6 +134,26 @@ def measure(
         }
         record.add([cell])
         print(line_of(cell), flush=True)
+
+
+def model_options(case: str, num_layers: int | None) -> dict[str, int]:
+    """Options of the model of a case.
+
+    Raises:
+        ValueError: If there is no such model, or no training step for it, of this size.
+    """
+    name, _, size = case.partition(":")
+    modality = model_info(name).modality
+    if modality not in ("text", "slide", "vision"):
+        raise ValueError(f"--cases must be of text, slide or vision, got {case!r} of {modality}.")
+    if (size or modality != "vision") and not (size.isdecimal() and int(size) > 0):
+        raise ValueError(f"--cases must be MODEL:SIZE with SIZE of at least 1, got {case!r}.")
+    given = {"num_layers": num_layers} if num_layers else {}
+    # Pixels of a vision model are its image size; other sizes are those of the input.
+    if modality == "vision" and size:
+        given["img_size"] = int(size)
+    replace(find_model(name).config, **given)  # its checks
+    return given
 
 
 def make_loss(model: Any, modality: str, size: int, device: torch.device) -> tuple[Loss, int]:
@@ -219,14 +253,8 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
         help="SIZE: tokens of a text, tiles of a slide, pixels of the side of an image",
     )
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=list(MODES))
-    parser.add_argument("--num-layers", type=int, help="another depth than the model's")
-    options = parser.parse_args(arguments)
-    for case in options.cases:
-        name, _, size = case.partition(":")
-        needs_size = model_info(name).modality != "vision"
-        if (size or needs_size) and not (size.isdecimal() and int(size) > 0):
-            parser.error(f"--cases must be MODEL:SIZE with SIZE of at least 1, got {case!r}")
-    return options
+    parser.add_argument("--num-layers", type=at_least_1, help="another depth than the model's")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

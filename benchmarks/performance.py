@@ -7,13 +7,14 @@ What needs a GPU and has no file says "not measured".
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.measure import Parser
 from benchmarks.pictures import DRAWN, draw_result
 from benchmarks.tables import TABLES, Document, figures
+from longnet_zoo.bench import reading
 
 __all__ = ["GOALS", "page", "read_results"]
 
@@ -60,15 +61,30 @@ QUESTIONS = {
 }
 
 
+# What the goals are measured with: settings, and sizes as (seq_len, num_heads, head_dim).
+_PATTERN = {
+    "segment_lengths": [2048, 4096, 8192, 16384, 32768],
+    "dilation_rates": [1, 2, 4, 8, 16],
+}
+_SETTINGS = {
+    "kernels": {"dtype": "bfloat16", **_PATTERN},
+    "length": {"dtype": "bfloat16", **_PATTERN, "num_heads": 12, "head_dim": 64},
+    "models": {"dtype": "bfloat16", "num_layers": None},
+}
+_SIZES = [(n, *heads) for n in (2**16, 2**20) for heads in ((12, 64), (16, 128))]
+
+
 def _kernel_ratio(name: str, passed: str, best: Callable[..., float]) -> Callable[..., str | None]:
     """The worst over all sizes of the best backend's ratio."""
 
     def find(documents: list[Document]) -> str | None:
         by_size: dict[tuple[int, ...], list[float]] = {}
         for cell in (x for document in documents for x in figures(document)):
-            if cell["kind"] == "dilated" and name in cell[passed]["ratios"]:
-                size = (cell["seq_len"], cell["num_heads"], cell["head_dim"])
+            size = (cell["seq_len"], cell["num_heads"], cell["head_dim"])
+            if cell["kind"] == "dilated" and size in _SIZES and name in cell[passed]["ratios"]:
                 by_size.setdefault(size, []).append(cell[passed]["ratios"][name])
+        if 0 < len(by_size) < len(_SIZES):
+            return f"{len(by_size)} of {len(_SIZES)} sizes"
         worst = min if best is max else max
         return f"{worst(map(best, by_size.values())):.2f}" if by_size else None
 
@@ -78,7 +94,7 @@ def _kernel_ratio(name: str, passed: str, best: Callable[..., float]) -> Callabl
 def _longest(passed: str, seq_len: int) -> Callable[[list[Document]], str | None]:
     def find(documents: list[Document]) -> str | None:
         for cell in (x for document in documents for x in figures(document)):
-            if cell["pass"] == passed and cell["seq_len"] >= seq_len:
+            if cell["pass"] == passed and cell["seq_len"] == seq_len:
                 return f"{cell['median_ms'] / 1000:.2f} s"
         return None
 
@@ -87,7 +103,7 @@ def _longest(passed: str, seq_len: int) -> Callable[[list[Document]], str | None
 
 def _million_tokens(documents: list[Document]) -> str | None:
     for cell in (x for document in documents for x in figures(document)):
-        if cell["model"] == "longnet_lm_base" and cell["tokens"] >= 2**20:
+        if cell["model"] == "longnet_lm_base" and cell["tokens"] == 2**20:
             return f"{cell['tokens_per_s']:,.0f} tokens/s, {cell['peak_extra_mib']:,.0f} MiB"
     return None
 
@@ -122,22 +138,32 @@ GOALS: list[tuple[str, str, Callable[[list[Document]], str | None]]] = [
 
 def main() -> None:
     """Draws, then writes the page."""
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    results = read_results(RESULTS)
-    for name in results:
-        draw_result(RESULTS / f"{name}.json")
+    parser = Parser(__doc__)
+    parser.parse_args()
+    try:
+        results = read_results(RESULTS)
+        for name in results:
+            draw_result(RESULTS / f"{name}.json")
+    except (ValueError, RuntimeError, OSError) as error:
+        parser.error(str(error))
     PAGE.write_text(page(results), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)} from {len(results)} results")
 
 
 def read_results(folder: Path) -> dict[str, Document]:
-    """Every result by name of its file."""
-    return {
-        file.stem: json.loads(file.read_text(encoding="utf-8"))
-        for file in sorted(folder.glob("*.json"))
-    }
+    """Every result by name of its file, without those of dry runs.
+
+    Raises:
+        ValueError: If a file is not what a programme has written.
+    """
+    results = {}
+    for file in sorted(folder.glob("*.json")):
+        if file.stem.endswith("-dry"):
+            continue
+        with reading(file):
+            results[file.stem] = document = json.loads(file.read_text(encoding="utf-8"))
+            _section(file.stem, document)  # has all that the page needs
+    return results
 
 
 def page(results: dict[str, Document]) -> str:
@@ -195,7 +221,7 @@ def _goals(results: dict[str, Document]) -> list[str]:
             for document in results.values()
             if document["benchmark"] == benchmark
             and document["environment"]["device_type"] == "cuda"
-            and document.get("settings", {}).get("dtype") == "bfloat16"
+            and _SETTINGS[benchmark].items() <= document["settings"].items()
         ]
         lines.append(f"| {goal} | {find(documents) or 'not measured'} |")
     return lines
@@ -214,6 +240,8 @@ def _section(name: str, document: Document) -> list[str]:
         lines += ["", f"{'; '.join(facts)}."]
     if "command" in document:
         lines += ["", f"    {document['command']}"]
+    if document.get("cells") == []:
+        return [*lines, "", "No cell is finished."]
     lines += TABLES[document["benchmark"]](document)
     if document["benchmark"] in DRAWN and figures(document):
         lines += ["", f"![{name}](../benchmarks/results/{name}.svg)"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.contenders import PASSES
 from benchmarks.tables import Document, figures, flops_unit
-from longnet_zoo.bench import Panel, draw, draw_bench, save_picture
+from longnet_zoo.bench import Panel, draw, draw_bench, reading, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,12 +21,14 @@ def draw_result(file: Path) -> tuple[Path, ...]:
     """Draws a JSON file of results; returns the pictures, none if there is nothing to draw.
 
     Raises:
+        ValueError: If the file is not what a programme has written.
         RuntimeError: If matplotlib is not installed.
     """
-    document = json.loads(file.read_text(encoding="utf-8"))
-    drawn = DRAWN.get(document["benchmark"])
-    if drawn is None or not figures(document):
-        return ()
+    with reading(file):
+        document = json.loads(file.read_text(encoding="utf-8"))
+        drawn = DRAWN.get(document["benchmark"])
+        if drawn is None or not figures(document):
+            return ()
     return save_picture(drawn(document), file)
 
 

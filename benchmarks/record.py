@@ -1,4 +1,4 @@
-"""Finished cells of a programme, in a JSON file that is whole at any moment.
+"""How the programmes of this folder run, keep their cells and end.
 
 A cell is what was found for one contender at one size. Whoever stops a run, by Ctrl-C or SIGTERM,
 loses the cell in progress only: the same command with `--resume` goes on.
@@ -9,48 +9,32 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.measure import command_line, environment
+from benchmarks.measure import command_line
 from benchmarks.pictures import draw_result
-from longnet_zoo.bench import check_matplotlib
+from longnet_zoo import bench
+from longnet_zoo.bench import Cell, check_matplotlib
 
 __all__ = ["Cell", "Crash", "Record", "reason_of", "run_programme", "stop_if_broken"]
 
 # Exit codes: stopped by the user; and a contender broke the process, run again with --resume.
 STOPPED, CRASHED = 130, 75
 OUT_OF_MEMORY = "out of memory"
-# What may differ between the runs whose cells one file holds.
-_MAY_DIFFER = ("date", "commit")
-
-Cell = dict[str, Any]
 
 
 class Crash(RuntimeError):
     """A contender left the device unusable; what is recorded is kept."""
 
 
-class Record:
-    """The cells of one run, and of the runs that it resumes.
-
-    Args:
-        benchmark: Name of the programme.
-        settings: Every option that decides what a cell holds.
-        device: Where it runs.
-        output: JSON file; None keeps the cells in memory.
-        resume: Whether to keep the cells that `output` holds.
-
-    Raises:
-        ValueError: If the file to resume holds another benchmark, other settings or another
-            machine, or a file is in the way and `resume` is False.
-    """
+class Record(bench.Record):
+    """The cells of a programme of this folder, called as this process was."""
 
     def __init__(
         self,
@@ -61,28 +45,14 @@ class Record:
         output: Path | None,
         resume: bool,
     ) -> None:
-        self.output = output
-        self.document: dict[str, Any] = {
-            "benchmark": benchmark,
-            "command": command_line(output),
-            # As JSON gives it back, so that tuples and lists compare.
-            "settings": json.loads(json.dumps(settings)),
-            "environment": environment(device),
-            "is_complete": False,
-            "cells": [],
-        }
-        if resume and output is not None and output.exists():
-            self._resume(json.loads(output.read_text(encoding="utf-8")))
-
-    @property
-    def cells(self) -> list[Cell]:
-        """What was found, in order."""
-        return self.document["cells"]
-
-    def find(self, **key: Any) -> Cell | None:
-        """The cell with these values, or None."""
-        found = (cell for cell in self.cells if all(cell.get(x) == key[x] for x in key))
-        return next(found, None)
+        super().__init__(
+            benchmark,
+            settings,
+            command=command_line(output),
+            device=device,
+            output=output,
+            resume=resume,
+        )
 
     @property
     def has_failed(self) -> bool:
@@ -90,40 +60,10 @@ class Record:
         reasons = (cell.get("reason", OUT_OF_MEMORY) for cell in self.cells)
         return any(not reason.startswith(OUT_OF_MEMORY) for reason in reasons)
 
-    def add(self, cells: Iterable[Cell]) -> None:
-        """Adds cells and writes the file."""
-        self.cells.extend(_rounded(cell) for cell in cells)
-        self._write()
-
     def complete(self) -> None:
         """Marks the run as finished, writes the file, prints the document on the last line."""
-        self.document["is_complete"] = True
-        self._write()
+        super().complete()
         print(json.dumps(self.document))
-
-    def _write(self) -> None:
-        if self.output is None:
-            return
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed when whole, so that no interrupt leaves half a file.
-        whole = self.output.with_suffix(".json.part")
-        whole.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
-        os.replace(whole, self.output)
-
-    def _resume(self, old: dict[str, Any]) -> None:
-        for name in ("benchmark", "settings", "environment"):
-            before, now = old.get(name), self.document[name]
-            if name == "environment" and isinstance(before, dict):
-                before, now = (
-                    {key: x for key, x in values.items() if key not in _MAY_DIFFER}
-                    for values in (before, now)
-                )
-            if before != now:
-                raise ValueError(
-                    f"--resume needs a file of the same run, but {self.output} has {name} {before} "
-                    f"and this run {now}. Run without --resume, or give another --output."
-                )
-        self.document["cells"] = old["cells"]
 
 
 def reason_of(error: Exception) -> str:
@@ -146,43 +86,45 @@ def stop_if_broken(name: str, error: Exception) -> None:
         raise Crash(f"{name} broke the device: {error}") from error
 
 
-def _draw(options: argparse.Namespace) -> None:
-    """Draws where it is asked for, or possible and not refused."""
-    if options.output is None or options.picture is False:
-        return
-    if options.picture or importlib.util.find_spec("matplotlib"):
-        for path in draw_result(options.output):
-            print(f"wrote {path}", file=sys.stderr)
-
-
-def _rounded(value: Any) -> Any:
-    """Figures to five digits: more would be noise."""
-    if isinstance(value, dict):
-        return {name: _rounded(x) for name, x in value.items()}
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
 def run_programme(main: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> None:
-    """Runs a programme and exits: 0, 1 if something was wrong, 75 after a crash, 130 if stopped."""
+    """Runs a programme and exits.
+
+    The status is 0, 1 if something was wrong, 2 if it could not run as asked, 75 after a crash, 130
+    if it was stopped.
+    """
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    if options.picture:
-        check_matplotlib()
-    kept = f"finished cells are kept in {options.output}" if options.output else "nothing is kept"
+    # Programmes of one figure have no such option, and write at the end only.
+    can_resume, picture = hasattr(options, "resume"), getattr(options, "picture", False)
+    kept = "nothing is kept"
+    if can_resume and options.output is not None:
+        kept = f"finished cells are kept in {options.output}, --resume goes on"
     try:
+        if options.output is None and ((can_resume and options.resume) or picture):
+            raise ValueError("--resume and --picture need --output FILE, got none.")
+        if picture:
+            check_matplotlib()
         code = main(options)
-        _draw(options)
+        if options.output is not None and picture is not False:
+            _draw(options.output, is_asked=bool(picture))
     except KeyboardInterrupt:
-        print(f"stopped; {kept}. --resume goes on.", file=sys.stderr)
+        print(f"stopped; {kept}", file=sys.stderr)
         code = STOPPED
     except Crash as error:
-        print(f"{error}\n{kept}. --resume goes on without it.", file=sys.stderr)
+        print(f"{error}\n{kept}", file=sys.stderr)
         code = CRASHED
-    except (ValueError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _draw(file: Path, *, is_asked: bool) -> None:
+    """Draws where it is asked for, or possible."""
+    if is_asked or importlib.util.find_spec("matplotlib"):
+        for path in draw_result(file):
+            print(f"wrote {path}", file=sys.stderr)

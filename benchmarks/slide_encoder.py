@@ -32,17 +32,10 @@ TOLERANCE = 1e-4
 AttentionOp = Callable[..., Tensor]
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> int:
     """Checks, measures, prints a table and one JSON document."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--num-tiles", type=int, default=10_000)
-    parser.add_argument("--num-layers", type=int, default=12)
-    parser.add_argument("--num-threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
-    parser.add_argument("--output", help="JSON file to write")
-    options = parser.parse_args()
+    if options.output is not None:
+        check_output(options.output)
     torch.set_num_threads(options.num_threads)
     results = measure(options.num_tiles, options.num_layers, options.rounds)
     for name, timing in results["timings"].items():
@@ -53,6 +46,7 @@ def main() -> None:
     finish(
         {"benchmark": "slide_encoder", "model": NAME, **vars(options), **results}, options.output
     )
+    return 0
 
 
 def measure(num_tiles: int, num_layers: int, rounds: int) -> dict[str, Any]:
@@ -113,5 +107,16 @@ def as_op(pipeline: AttentionOp) -> AttentionOp:
     return attend
 
 
+def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options of the command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("--num-tiles", type=at_least_1, default=10_000)
+    parser.add_argument("--num-layers", type=at_least_1, default=12)
+    parser.add_argument("--num-threads", type=at_least_1, default=2)
+    parser.add_argument("--rounds", type=at_least_1, default=5, help="timed rounds")
+    parser.add_argument("--output", type=Path, help="JSON file, overwritten")
+    return parser.parse_args(arguments)
+
+
 if __name__ == "__main__":
-    main()
+    run_programme(main, read_options())

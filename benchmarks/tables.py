@@ -113,7 +113,7 @@ def _length(document: Document) -> list[str]:
 def _models(document: Document) -> list[str]:
     rows = [
         [
-            f"`{cell['model']}`, {cell['tokens']:,} tokens, {cell['mode']}",
+            f"`{cell['model']}`, {cell['tokens']:,} tokens, {_mode(cell)}",
             _short(cell["tokens_per_s"]),
             _short(cell["peak_extra_mib"]),
             _over_plain(cell, "time_over"),
@@ -125,6 +125,11 @@ def _models(document: Document) -> list[str]:
     depth = document["settings"]["num_layers"]
     note = ["", f"With num_layers={depth}, other than the models'."] if depth else []
     return [*lines, *note, *_reasons(document, lambda cell: f"{cell['case']}, {cell['mode']}")]
+
+
+def _mode(cell: dict[str, Any]) -> str:
+    chunks = f" by {cell['chunk_size']:,} tokens" if "chunk_size" in cell else ""
+    return f"{cell['mode']}{chunks}"
 
 
 def _over_plain(cell: dict[str, Any], name: str) -> str:

@@ -35,7 +35,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Arguments; None takes those of the process.
 
     Returns:
-        The exit code, 0. Wrong arguments raise SystemExit with code 2 after one line on stderr.
+        The exit code, 0. Wrong arguments raise SystemExit with code 2 after one line on stderr, and
+        Ctrl-C with code 130.
     """
     parser = _make_parser()
     options = parser.parse_args(args)
@@ -43,6 +44,8 @@ def main(args: Sequence[str] | None = None) -> int:
         options.run(options)
     except _USER_ERRORS as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped\n")
     return 0
 
 
@@ -120,7 +123,6 @@ def _add_bench_command(commands: Any) -> None:
         help="time dilated against vanilla attention",
         description="Times dilated against vanilla attention over sequence lengths, at a fixed "
         "number of tokens: milliseconds of one sequence, forward, projections included.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.add_argument(
         "--is-dilated",
@@ -142,18 +144,26 @@ def _add_bench_command(commands: Any) -> None:
     ):
         names = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
         default = getattr(ComparisonConfig, name)
+        words = f"{words} (default: {default})"
         command.add_argument(*names, type=value, metavar=metavar, default=default, help=words)
     for name, metavar in (("segment_lengths", "TOKENS"), ("dilation_rates", "RATE")):
+        default = getattr(ComparisonConfig, name)
         command.add_argument(
             f"--{name.replace('_', '-')}",
+            f"--{name}",
             type=int,
             nargs="+",
             metavar=metavar,
-            default=getattr(ComparisonConfig, name),
-            help="one per branch",
+            default=default,
+            help=f"one per branch (default: {' '.join(map(str, default))})",
         )
     command.add_argument(
-        "--output", type=Path, default=None, help="write OUTPUT.json, OUTPUT.svg and OUTPUT.png"
+        "--output",
+        type=Path,
+        help="write OUTPUT.json (after every length), OUTPUT.svg and OUTPUT.png",
+    )
+    command.add_argument(
+        "--resume", action="store_true", help="keep the lengths in OUTPUT.json, run the others"
     )
     command.add_argument(
         "--picture",
@@ -166,13 +176,13 @@ def _add_bench_command(commands: Any) -> None:
 
 def _bench(options: argparse.Namespace) -> None:
     given = dict(vars(options))
-    output, picture = given.pop("output"), given.pop("picture")
+    run = {name: given.pop(name) for name in ("output", "picture", "resume")}
     del given["run"]
     for name in ("segment_lengths", "dilation_rates"):
         given[name] = tuple(given[name])
     if "is_dilated" in given:
         given["is_dilated"] = bool(given["is_dilated"])
-    run_bench(ComparisonConfig(**given), output=output, picture=picture)
+    run_bench(ComparisonConfig(**given), **run)
 
 
 def _list(options: argparse.Namespace) -> None:

@@ -81,7 +81,7 @@ def test_command_names_no_folder_of_this_machine(tmp_path, monkeypatch):
 
 
 def exit_code(main, **options):
-    given = argparse.Namespace(**{"output": None, "picture": None, **options})
+    given = argparse.Namespace(**{"output": None, "picture": None, "resume": False, **options})
     with pytest.raises(SystemExit) as caught:
         run_programme(main, given)
     return caught.value.code

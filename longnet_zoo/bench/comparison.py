@@ -11,7 +11,7 @@ Shape legend: b batch, n seq_len, h num_heads, d head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from longnet_zoo.ops.kernels import BACKENDS
 from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.ops.reference import dilated_attention_reference
 
-from .measure import alternate, choose_device
+from .measure import alternate, available_mib, choose_device
 from .picture import Panel
 
 __all__ = ["ComparisonConfig", "Lengths", "compare", "describe", "header", "panels"]
@@ -54,7 +54,7 @@ class ComparisonConfig:
         segment_lengths: Tokens per segment of each branch.
         dilation_rates: Dilation rate of each branch.
         device: `"auto"`, `"cpu"`, `"cuda"` or `"cuda:N"`.
-        backend: Kernel of dilated attention.
+        backend: Kernel of dilated attention; `"auto"` where that is not timed.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
 
     Raises:
@@ -92,6 +92,11 @@ class ComparisonConfig:
         for name, allowed in (("backend", BACKENDS), ("dtype", tuple(_TOLERANCES))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        if self.is_dilated is False and self.backend != "auto":
+            raise ValueError(
+                "backend is of dilated attention, which is_dilated=False does not time, got "
+                f"backend={self.backend!r}. Leave one of the two out."
+            )
         _ = self.pattern
 
     @property
@@ -133,7 +138,10 @@ class Lengths:
 
 
 def compare(
-    config: ComparisonConfig, *, on_run: Callable[[str], None] = lambda name: None
+    config: ComparisonConfig,
+    *,
+    on_run: Callable[[str], None] = lambda name: None,
+    skipped: Collection[int] = (),
 ) -> Iterator[Lengths]:
     """Checks what is timed against the float64 oracle, then yields the times length by length.
 
@@ -141,16 +149,19 @@ def compare(
         config: What to compare.
         on_run: Called after every call, for a progress bar: with warm-up `num_iter + 1` times for
             each kind and length.
+        skipped: Lengths that are not timed.
 
     Raises:
+        ValueError: If memory does not suffice for a batch.
         RuntimeError: If the device is not there, or a result is wrong.
         NotImplementedError: If the named backend cannot serve the call, with the reason.
     """
     device, dtype = choose_device(config.device), getattr(torch, config.dtype)
+    _check_memory(config, device, dtype)
     for kind in config.kinds:
         _check(kind, config, device, dtype)
     layer = _Projections(config).to(device, dtype)
-    for seq_len in config.seq_lens:
+    for seq_len in (x for x in config.seq_lens if x not in skipped):
         batch = config.max_seq_len // seq_len
         x = torch.randn(batch, seq_len, config.emb_dim, device=device, dtype=dtype)
         runs = {
@@ -169,6 +180,18 @@ def compare(
         is_both = len(ms) == 2
         advantage = ms["vanilla"]["median"] / ms["dilated"]["median"] if is_both else None
         yield Lengths(seq_len=seq_len, batch=batch, ms=ms, advantage=advantage)
+
+
+def _check_memory(config: ComparisonConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuses a batch whose input, q, k, v and outputs alone do not fit."""
+    needed_mib = 6 * config.max_seq_len * config.emb_dim * dtype.itemsize / 2**20
+    free_mib = available_mib(device)
+    if needed_mib > free_mib:
+        raise ValueError(
+            f"max_seq_len={config.max_seq_len} and emb_dim={config.emb_dim} in {config.dtype} need "
+            f"at least {needed_mib:,.0f} MiB, but {free_mib:,.0f} are free on {device}. Take fewer "
+            "tokens."
+        )
 
 
 class _Projections(nn.Module):

@@ -34,6 +34,10 @@ def refill(inputs, others):
             x.copy_(other)
 
 
+def with_reversed_mask(x):
+    return x.flip(1) if x is not None and x.dtype == torch.bool else x
+
+
 @pytest.mark.parametrize("name", [*FAMILIES, "decoder_padded"])
 def test_forward_is_replayed_with_other_inputs(name):
     family = {**FAMILIES, **MASKED_FAMILIES}[name]
@@ -43,9 +47,7 @@ def test_forward_is_replayed_with_other_inputs(name):
         first = family.call(model, *inputs)
         expected = family.call(model, *others)
         for _ in range(2):  # right padding is read before a capture, other masks never
-            family.call(
-                model, *(x if x is None or x.dtype != torch.bool else x.flip(1) for x in inputs)
-            )
+            family.call(model, *map(with_reversed_mask, inputs))
         graph, output = captured(lambda: family.call(model, *inputs))
         refill(inputs, others)
         graph.replay()

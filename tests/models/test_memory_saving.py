@@ -171,7 +171,7 @@ def test_programme_ends_in_one_json_document(monkeypatch, capsys):
     options = ["--model", "longnet_lm_tiny", "--num-layers", "1", "--seq-len", "64", "--check"]
     options += ["--ffn-factor", "4", "8", "--vocab-size", "300"]
     monkeypatch.setattr("sys.argv", ["memory", *options])
-    memory.main()
+    memory.main(memory.read_options())
     lines = capsys.readouterr().out.splitlines()
     rows = json.loads(lines[-1])["rows"]
     assert len(lines) == 1 + len(rows) == 1 + 2 * len(memory.MODES)
