@@ -57,7 +57,7 @@ bench: $(VENV)/.ready ## Run the benchmarks on the CPU and write docs/performanc
 	    --output $(RESULTS)/models-cpu.json $(ARGS)
 	$(RUN) -m benchmarks.memory --output $(RESULTS)/memory-cpu.json
 	$(RUN) -m benchmarks.slide_encoder --output $(RESULTS)/slide-cpu.json
-	$(RUN) -m longnet_zoo.cli bench --device cpu --output $(RESULTS)/bench-cpu
+	$(RUN) -m longnet_zoo.cli bench --device cpu --output $(RESULTS)/bench-cpu $(filter --resume,$(ARGS))
 	$(RUN) -m benchmarks.performance
 
 clean: ## Remove the virtual environment and caches; runs/ stays

@@ -15,13 +15,15 @@ import argparse
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import alternate, finish
+from benchmarks.measure import Parser, alternate, at_least_1, check_output, finish
 from benchmarks.pipelines import released_pipeline, usual_pipeline
+from benchmarks.record import run_programme
 from longnet_zoo.factory import create_model
 from longnet_zoo.models import GigaPathSlideEncoder
 from longnet_zoo.ops import DilatedPattern, dilated_attention

@@ -1,6 +1,9 @@
 import importlib.util
 import json
+import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from longnet_zoo.bench import (
     alternate,
     check_matplotlib,
     choose_device,
+    command,
     compare,
     comparison,
     draw,
@@ -100,6 +104,10 @@ def test_a_wrong_result_is_not_timed(kind, dtype, monkeypatch):
         ({"max_seq_len": 100}, "max_seq_len=100 and num_seq_lens=4. Take a power of two"),
         ({"num_heads": 7}, "emb_dim=384 and num_heads=7"),
         ({"backend": "fast"}, r"backend must be one of \('auto', .*got 'fast'"),
+        (
+            {"is_dilated": False, "backend": "math"},
+            "which is_dilated=False does not time, got backend='math'",
+        ),
         ({"dtype": "int8"}, r"dtype must be one of \('float32', .*got 'int8'"),
         ({"dilation_rates": (1, 2)}, r"segment_lengths=\(1024, 4096, 16384\) and dilation_rates"),
     ],
@@ -155,9 +163,116 @@ def test_files_beside_the_lines(tmp_path):
     results = run_bench(ComparisonConfig(**SMALL), output=tmp_path / "bench")
     document = json.loads((tmp_path / "bench.json").read_text())
     assert document["settings"]["max_seq_len"] == 64
-    assert [cell["advantage"] for cell in document["cells"]] == [x.advantage for x in results]
+    advantages = [cell["advantage"] for cell in document["cells"]]
+    assert advantages == pytest.approx([x.advantage for x in results], rel=1e-4)
+    assert document["is_complete"]
+    assert document["command"] == (
+        "longnet-zoo bench --max-seq-len 64 --num-seq-lens 3 --num-iter 2 --num-heads 2 --emb-dim "
+        "16 --segment-lengths 16 32 --dilation-rates 1 2 --device cpu --output bench"
+    )
     assert (tmp_path / "bench.svg").read_bytes().startswith(b"<?xml")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_stopped_run_keeps_its_lengths_and_goes_on(tmp_path, monkeypatch, capsys):
+    timed = []
+
+    def stop_at_third(runs, **options):
+        if len(timed) == 2:
+            raise KeyboardInterrupt
+        timed.append(list(runs))
+        return alternate(runs, **options)
+
+    config, output = ComparisonConfig(**SMALL), tmp_path / "new" / "bench"
+    monkeypatch.setattr(comparison, "alternate", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(config, output=output, picture=False)
+    file = output.with_suffix(".json")
+    before = json.loads(file.read_text())
+    assert [cell["seq_len"] for cell in before["cells"]] == [16, 32]
+    assert not before["is_complete"]
+    monkeypatch.setattr(comparison, "alternate", alternate)
+    capsys.readouterr()
+    results = run_bench(config, output=output, picture=False, resume=True)
+    after = json.loads(file.read_text())
+    assert after["cells"][:2] == before["cells"]
+    assert [x.seq_len for x in results] == [cell["seq_len"] for cell in after["cells"]]
+    assert capsys.readouterr().out.count("advantage") == 1
+    monkeypatch.setattr(comparison, "alternate", None)
+    assert len(run_bench(config, output=output, picture=False, resume=True)) == 3
+    with pytest.raises(ValueError, match=r"same programme.*'num_iter': 2.*'num_iter': 3"):
+        run_bench(ComparisonConfig(**{**SMALL, "num_iter": 3}), output=output, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output": ""}, r"must have a name and it must have no suffix, got \."),
+        ({"output": "file/bench"}, "must be a file that can be written, got '.*/file/bench.json'"),
+        ({"resume": True}, "--resume needs --output OUTPUT, got none"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_runs(
+    options, message, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(command, "compare", None)
+    if options.get("output"):
+        options = {**options, "output": tmp_path / options["output"]}
+    elif "output" in options:
+        options = {**options, "output": Path("")}
+    with pytest.raises(ValueError, match=message):
+        run_bench(ComparisonConfig(**SMALL), picture=False, **options)
+
+
+def test_a_batch_that_does_not_fit_is_refused():
+    config = ComparisonConfig(**{**SMALL, "max_seq_len": 2**50})
+    with pytest.raises(ValueError, match=r"max_seq_len=1125899906842624 and emb_dim=16 in float32"):
+        next(compare(config))
+
+
+def test_the_named_backend_is_timed(monkeypatch):
+    backends, attend = [], comparison.dilated_attention
+
+    def spy(*args, backend, **options):
+        backends.append(backend)
+        return attend(*args, backend=backend, **options)
+
+    monkeypatch.setattr(comparison, "dilated_attention", spy)
+    list(compare(ComparisonConfig(**SMALL, backend="math")))
+    # A check, then a warm-up and two timed calls at three lengths.
+    assert backends == ["math"] * (1 + 3 * 3)
+
+
+def test_nan_is_wrong(monkeypatch):
+    monkeypatch.setattr(comparison, "_attention", lambda *_: lambda q, k, v: q * float("nan"))
+    with pytest.raises(RuntimeError, match=r"vanilla attention .* is off by nan"):
+        next(compare(ComparisonConfig(**SMALL)))
+
+
+def test_commit_says_whether_files_differ(monkeypatch):
+    said = {"rev-parse": "abc1234", "status": None}
+    monkeypatch.setattr(measure, "_git", lambda root, verb, *_: said[verb])
+    assert measure._commit() == "abc1234"
+    said["status"] = "M setup.py"
+    assert measure._commit() == "abc1234-dirty"
+    said["rev-parse"] = None
+    assert measure._commit() is None
+
+
+def test_version_of_triton_is_that_of_the_module(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="9.9"))
+    assert environment(torch.device("cpu"))["triton"] == "9.9"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert environment(torch.device("cpu"))["triton"] is None
+
+
+def test_a_linear_axis_starts_at_zero():
+    lines = {"a": [(16, 5.0), (32, 6.0)]}
+    panels = [Panel(title=y, lines=lines, y_scale=y) for y in ("linear", "log")]
+    linear, log = draw(panels, title="Title", facts="facts").axes
+    assert linear.get_ylim()[0] == 0
+    assert log.get_ylim()[0] > 1
 
 
 def test_no_matplotlib_is_said_before_anything_runs(monkeypatch, tmp_path):

@@ -60,7 +60,7 @@ def test_steps_run_in_order_of_importance(tmp_path):
     assert "--seq-lens 65536 1048576" in lines[1]
     assert "--max-seq-len 16777216 --max-backward-seq-len 4194304" in lines[3]
     assert "longnet_lm_base:1048576" in lines[4]
-    for line in lines[1:-1]:
+    for line in lines[1:]:
         assert "--resume" in line
         assert "--device cuda --dtype bfloat16" in line
         assert "--output " + str(tmp_path / "out") in line
@@ -72,6 +72,31 @@ def test_a_failed_step_does_not_stop_the_others(tmp_path):
     assert done.returncode == 1
     assert programmes(calls) == PROGRAMMES
     assert "== kernels ended with 1" in done.stdout
+
+
+def test_missing_packages_of_the_tests_are_a_failure(tmp_path):
+    python, calls = make_python(tmp_path)
+    text = python.read_text()
+    refuse = 'case "$2" in *pytest*) exit 1;; esac\n'
+    python.write_text(text.replace("#!/bin/sh\n", f"#!/bin/sh\n[ $1 = -c ] && {refuse}", 1))
+    done = run(tmp_path, python, "--dry-run")
+    assert done.returncode == 1
+    assert programmes(calls) == PROGRAMMES[1:]
+    assert "== tests: left out, they need pytest, pytest-timeout and hypothesis" in done.stdout
+
+
+def test_a_dry_run_leaves_the_results_alone(tmp_path):
+    python, _ = make_python(tmp_path)
+    done = run(tmp_path, python, "--dry-run", OUT="", TMPDIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert f"results in {tmp_path}/tmp." in done.stdout
+
+
+def test_a_folder_that_cannot_be_made_is_said_in_one_line(tmp_path):
+    python, _ = make_python(tmp_path)
+    done = run(tmp_path, python, OUT=str(python / "out"))
+    assert done.returncode == 2
+    assert done.stderr == f"error: cannot make the folder {python}/out. Set OUT to another.\n"
 
 
 def test_a_crash_is_resumed_twice(tmp_path):

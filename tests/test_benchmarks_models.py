@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch
 from benchmarks import models
 from benchmarks.record import Crash
 from longnet_zoo.factory import create_model
+from longnet_zoo.layers import MemorySaving
 
 ARGUMENTS = "--device cpu --rounds 1 --num-layers 1"
 TEXT = "longnet_lm_tiny:64"
@@ -29,6 +31,7 @@ def test_every_mode_of_a_model_has_a_cell(case, num_tokens, tmp_path):
         assert cell["tokens_per_s"] == pytest.approx(1000 * num_tokens / cell["median_ms"], 1e-3)
         assert cell["peak_extra_mib"] > 0
         assert cell["ratios"]["over"] == "plain"
+        assert cell.get("chunk_size") == (256 if cell["mode"] == "memory saving" else None)
         assert cell["ratios"]["time_over"] == pytest.approx(
             cell["median_ms"] / plain["median_ms"], 1e-3
         )
@@ -44,7 +47,7 @@ def test_finished_modes_are_not_run_again(tmp_path, monkeypatch):
 
 
 def test_a_mode_that_disagrees_is_not_timed(tmp_path, monkeypatch):
-    def break_model(model):
+    def break_model(model, num_tokens):
         with torch.no_grad():
             next(model.parameters()).mul_(1.5)
 
@@ -115,11 +118,25 @@ def test_slides_have_a_loss_of_all_tiles():
 
 
 @pytest.mark.parametrize(
-    "case", ["longnet_lm_tiny", "longnet_lm_tiny:0", "longvit_tiny_patch8_64:x"]
+    ("case", "message"),
+    [
+        ("longnet_lm_tiny", "SIZE of at least 1, got 'longnet_lm_tiny'"),
+        ("longnet_lm_tiny:0", "SIZE of at least 1, got 'longnet_lm_tiny:0'"),
+        ("longvit_tiny_patch8_64:x", "SIZE of at least 1, got 'longvit_tiny_patch8_64:x'"),
+        ("longvit_tiny_patch8_64:9", "img_size"),
+        ("longnet_beit3_tiny:64", "got 'longnet_beit3_tiny:64' of vision-language"),
+        ("nosuch:64", "under the name 'nosuch'"),
+    ],
 )
-def test_wrong_cases_are_refused(case, capsys):
-    with pytest.raises(SystemExit):
-        models.read_options(["--cases", case])
-    assert f"--cases must be MODEL:SIZE with SIZE of at least 1, got '{case}'" in (
-        capsys.readouterr().err
-    )
+def test_wrong_cases_are_refused_before_anything_is_measured(case, message, monkeypatch):
+    monkeypatch.setattr(models, "measure", None)
+    with pytest.raises(ValueError, match=message):
+        run("--cases", TEXT, case)
+
+
+@pytest.mark.parametrize(("num_tokens", "size"), [(64, 256), (4096, 1024), (2**20, 4096)])
+def test_memory_saving_has_several_chunks_of_a_long_sequence(num_tokens, size):
+    given = []
+    model = SimpleNamespace(set_memory_saving=given.append)
+    models.MODES["memory saving"](model, num_tokens)
+    assert given == [MemorySaving(chunk_size=size)]

@@ -3,13 +3,16 @@
 import argparse
 import importlib.util
 import json
+import re
 import signal
 
 import pytest
 import torch
 
+from benchmarks import kernels, length, memory, models, slide_encoder
 from benchmarks import record as module
 from benchmarks.record import Crash, Record, run_programme
+from longnet_zoo.bench import record as shared
 
 CPU = torch.device("cpu")
 
@@ -57,11 +60,20 @@ def test_another_run_is_not_resumed(tmp_path, monkeypatch):
         make(path, more=1)
     with pytest.raises(ValueError, match="benchmark kernels and this run length"):
         Record("length", {"sizes": (1, 2)}, device=CPU, output=path, resume=True)
-    real = module.environment
-    monkeypatch.setattr(module, "environment", lambda device: {**real(device), "date": "later"})
+    real = shared.environment
+    monkeypatch.setattr(shared, "environment", lambda device: {**real(device), "date": "later"})
     assert make(path).find(name="a")
-    monkeypatch.setattr(module, "environment", lambda device: {**real(device), "device": "other"})
-    with pytest.raises(ValueError, match=r"'device': 'other'.* Run without --resume"):
+    for name in ("device", "commit"):
+        monkeypatch.setattr(shared, "environment", lambda _, name=name: {**real(CPU), name: "new"})
+        with pytest.raises(ValueError, match=rf"'{name}': 'new'.* Run without --resume"):
+            make(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"cells": [1], "environment": {}}'])
+def test_a_broken_file_is_not_resumed(text, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"x\.json must hold JSON that a benchmark has written"):
         make(path)
 
 
@@ -106,7 +118,7 @@ def test_exit_codes_say_how_a_run_ended(capsys, tmp_path):
         )
 
 
-def test_pictures_where_asked_for_or_possible(tmp_path, monkeypatch):
+def test_pictures_where_asked_for_or_possible(tmp_path, monkeypatch, capsys):
     path = tmp_path / "x.json"
     drawn = []
     monkeypatch.setattr(module, "draw_result", lambda path: drawn.append(path) or ())
@@ -117,5 +129,53 @@ def test_pictures_where_asked_for_or_possible(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert exit_code(lambda options: 0, output=path) == 0
     assert drawn == [path]
-    with pytest.raises(RuntimeError, match="needs matplotlib"):
-        run_programme(lambda options: 0, argparse.Namespace(output=path, picture=True))
+    assert exit_code(None, output=path, picture=True) == 2
+    assert "error: drawing a picture needs matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["resume", "picture"])
+def test_what_needs_a_file_is_refused_without_one(option, capsys):
+    assert exit_code(None, **{option: True}) == 2
+    assert "--resume and --picture need --output FILE, got none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, OSError, ImportError])
+def test_what_users_cause_is_one_line(error, capsys):
+    def fail(options):
+        raise error("two\nlines")
+
+    assert exit_code(fail) == 2
+    assert capsys.readouterr().err == "error: two lines\n"
+
+
+@pytest.mark.parametrize(
+    ("programme", "arguments", "message"),
+    [
+        (kernels, "--device cuda", "'cuda' was asked for, and .* sees 0 GPUs"),
+        (kernels, "--device cpu --output {file}/x.json", "can be written, got '.*file/x.json'"),
+        (kernels, "--device cpu --output {folder}", "got '.*': it is a folder"),
+        (kernels, "--write-preference {file}", "file must hold JSON that .* got JSONDecodeError"),
+        (kernels, "--threads -1", "--threads: must be an integer of at least 1, got '-1'"),
+        (length, "--rounds 0", "--rounds: must be an integer of at least 1, got '0'"),
+        (models, "--num-layers 0", "--num-layers: must be an integer of at least 1, got '0'"),
+        (models, "--device cpu --cases nosuch:64", "under the name 'nosuch'"),
+        (memory, "--seq-len 0", "--seq-len: must be an integer of at least 1, got '0'"),
+        (memory, "--model longvit_tiny_patch8_64", "got 'longvit_tiny_patch8_64' of vision"),
+        (memory, "--output {file}/x.json", "can be written, got '.*file/x.json'"),
+        (slide_encoder, "--output {file}/x.json", "can be written, got '.*file/x.json'"),
+    ],
+)
+def test_wrong_options_end_with_one_line_and_code_2(
+    programme, arguments, message, tmp_path, monkeypatch, capsys
+):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = arguments.format(file=file, folder=tmp_path).split()
+    with pytest.raises(SystemExit) as caught:
+        run_programme(programme.main, programme.read_options(given))
+    assert caught.value.code == 2
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert found.err.count("\n") == 1
+    assert re.search(message, found.err)

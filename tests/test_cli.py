@@ -195,6 +195,9 @@ def test_plot_pattern_options_win(monkeypatch, tmp_path):
         ("bench --backend fast", "backend must be one of ('auto', "),
         ("bench --device cpu --backend cudnn", "backend 'cudnn' needs a CUDA device, got 'cpu'"),
         ("bench --output picture.png", "it must have no suffix, got picture.png"),
+        ("bench --resume", "--resume needs --output OUTPUT, got none"),
+        ("bench --is-dilated 0 --backend math", "does not time, got backend='math'"),
+        ("bench --device cpu --max-seq-len 1125899906842624", "are free on cpu. Take fewer tokens"),
     ],
 )
 def test_wrong_arguments_end_with_one_line_and_code_2(args, message, capsys):
@@ -206,7 +209,7 @@ def test_bench_prints_the_lines_of_the_first_benchmark(capsys, tmp_path):
     out = run("bench", *args.split(), "--is_dilated", "1", capsys=capsys)
     assert re.fullmatch(r"2 x 32:\n[\d.]+ ms\n1 x 64:\n[\d.]+ ms\n", out)
     output = tmp_path / "new" / "bench"
-    args += f" --segment-lengths 16 32 --dilation-rates 1 2 --no-picture --output {output}"
+    args += f" --segment_lengths 16 32 --dilation_rates 1 2 --no-picture --output {output}"
     out = run("bench", *args.split(), capsys=capsys)
     line = r" +[\d.]+ ms +[\d.]+ ms +[\d.]+x\n"
     names = " +vanilla +dilated +advantage\n"
@@ -215,6 +218,25 @@ def test_bench_prints_the_lines_of_the_first_benchmark(capsys, tmp_path):
     settings = json.loads(output.with_suffix(".json").read_text())["settings"]
     assert settings["segment_lengths"] == [16, 32]
     assert settings["is_dilated"] is None
+
+
+def test_an_interrupt_is_one_line_and_code_130(monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_bench", stop)
+    with pytest.raises(SystemExit) as caught:
+        main(["bench"])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "longnet-zoo: stopped\n"
+
+
+def test_help_of_bench_names_defaults_that_are_some(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "None" not in words
+    assert "one per branch (default: 1024 4096 16384)" in words
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
