@@ -6,6 +6,7 @@ Shape legend: b batch, n seq_len, h num_heads, d head_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -48,11 +49,11 @@ class Options(NamedTuple):
     @property
     def pattern(self) -> DilatedPattern:
         """The schedule."""
-        return DilatedPattern(
-            segment_lengths=tuple(self.segment_lengths),
-            dilation_rates=tuple(self.dilation_rates),
-            head_offset=self.head_offset,
-            padded_keys=self.padded_keys,
+        return _pattern_of(
+            tuple(self.segment_lengths),
+            tuple(self.dilation_rates),
+            self.head_offset,
+            self.padded_keys,
         )
 
     def sequences(self, q: Tensor) -> tuple[list[SequenceGroup], Tensor | None]:
@@ -157,6 +158,22 @@ class Options(NamedTuple):
         if is_plain and has_own_keys and kernel is not math and can_merge(call):
             return MergedSoftmax
         return JointSoftmax
+
+
+@lru_cache
+def _pattern_of(
+    segment_lengths: tuple[int, ...],
+    dilation_rates: tuple[int, ...],
+    head_offset: HeadOffset,
+    padded_keys: PaddedKeys,
+) -> DilatedPattern:
+    # Asked for several times in every call, and its checks are not free.
+    return DilatedPattern(
+        segment_lengths=segment_lengths,
+        dilation_rates=dilation_rates,
+        head_offset=head_offset,
+        padded_keys=padded_keys,
+    )
 
 
 def can_merge(call: Call) -> bool:

@@ -64,9 +64,13 @@ class FusedSchedule:
         """Number of the branch that covers every row."""
         return len(self.lengths) - 1
 
-    def num_rows(self, branch: int, length: int) -> int:
+    def segment_rows(self, branch: int, length: int) -> int:
         """Rows that a full segment of a branch has in a sequence."""
         return _segments(*self.lengths[branch], length)[0][1]
+
+    def num_rows(self, branch: int, length: int) -> int:
+        """Rows that a branch has in a sequence, in all segments."""
+        return _num_rows(*self.lengths[branch], length)
 
     def num_tiles(self, branch: int, length: int, block: int) -> int:
         """Tiles of `block` rows that a branch has in a sequence, for each head."""
@@ -106,13 +110,16 @@ def fused_schedule(
     if not attends:
         lengths.append((DENSE_SEGMENT, 1))
         offsets.append((0,) * num_heads)
-    sequences = sorted(_sequences(groups), key=lambda sequence: -sequence[2])
+    sequences = sorted(
+        ((*start, group.length) for group in groups for start in group.starts()),
+        key=lambda sequence: -sequence[2],
+    )
     lines = [list(sequence) for sequence in sequences]
     num_partials = 0
     for branch in lengths[:-1]:
         for line in lines:
             line.append(num_partials)
-            num_partials += sum(count * rows for count, rows in _segments(*branch, line[2]))
+            num_partials += _num_rows(*branch, line[2])
     return FusedSchedule(
         sequences=torch.tensor(lines, dtype=torch.int64, pin_memory=is_pinned),
         branches=torch.tensor(lengths, dtype=torch.int32, pin_memory=is_pinned),
@@ -124,21 +131,15 @@ def fused_schedule(
     )
 
 
-def _sequences(groups: tuple[SequenceGroup, ...]) -> Iterator[tuple[int, int, int]]:
-    """(batch row, first token, length) of each sequence."""
-    for group in groups:
-        for index in range(group.count):
-            if group.is_packed:
-                yield 0, group.first + index * group.length, group.length
-            else:
-                yield group.first + index, 0, group.length
-
-
 def _segments(segment_length: int, rate: int, length: int) -> list[tuple[int, int]]:
     """(number of segments, rows of each): the full ones, and the tail."""
     width = min(segment_length, length)
     count, tail = divmod(length, width)
     return [(count, -(-width // rate)), (1 if tail else 0, -(-tail // rate))]
+
+
+def _num_rows(segment_length: int, rate: int, length: int) -> int:
+    return sum(count * rows for count, rows in _segments(segment_length, rate, length))
 
 
 def _launches(lengths: list[int]) -> Iterator[Launch]:

@@ -54,8 +54,7 @@ class FusedSoftmax(JointSoftmax):
         from .kernels.triton_forward import attend_rows
 
         q, k = self._decay_all(q, k)
-        out = self._result(q)
-        lse = self._result(q[..., 0], dtype=torch.float32, fill=float("-inf"))
+        out, lse = self._results(q)
         setup = self._setup(q, k)
         num_partials, head_dim = setup.schedule.num_partials, q.shape[3]
         inputs = [kernel_rows(x) for x in (q, k, v)]
@@ -82,10 +81,7 @@ class FusedSoftmax(JointSoftmax):
 
         dtype = q.dtype
         q, k = self._decay_all(q, k)
-        # With xPos, factors come after the sums over the branches: only then is it time to round.
-        sum_dtype = dtype if self.xpos_scale_base is None else torch.float32
-        q_grad, k_grad = self._result(q, dtype=sum_dtype), self._result(k, dtype=sum_dtype)
-        v_grad = self._result(v)
+        q_grad, k_grad, v_grad = self._gradients(q, k, v)
         setup = self._setup(q, k)
         num_partials, head_dim = setup.schedule.num_partials, q.shape[3]
         group_size = q.shape[2] // k.shape[2]
@@ -153,6 +149,21 @@ class FusedSoftmax(JointSoftmax):
             seed=self.seed | 1,  # never divisible by 16, so that no seed needs another compilation
         )
         return _Setup(schedule, problem, kinds)
+
+    def _results(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Makes what the forward pass writes: out (b, n, h, d) and lse (b, n, h)."""
+        lse = self._result(q[..., 0], dtype=torch.float32, fill=float("-inf"))
+        return self._result(q), lse
+
+    def _gradients(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Makes what the backward pass writes: the gradients of q, k and v."""
+        # With xPos, factors come after the sums over the branches: only then is it time to round.
+        sum_dtype = q.dtype if self.xpos_scale_base is None else torch.float32
+        return (
+            self._result(q, dtype=sum_dtype),
+            self._result(k, dtype=sum_dtype),
+            self._result(v),
+        )
 
     def _result(self, x: Tensor, *, dtype: torch.dtype | None = None, fill: float = 0.0) -> Tensor:
         """Makes a contiguous result; `fill` stands where no sequence has a row."""
@@ -229,7 +240,7 @@ def _launch_branch(
 
     schedule = setup.schedule
     for launch in schedule.launches:
-        sort = sort_of(setup.kinds[branch], schedule.num_rows(branch, launch.max_length))
+        sort = sort_of(setup.kinds[branch], schedule.segment_rows(branch, launch.max_length))
 
         def grid(
             meta: dict[str, Any],

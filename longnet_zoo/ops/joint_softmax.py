@@ -70,6 +70,11 @@ class JointSoftmax:
     dropout_p: float
     seed: int
 
+    @property
+    def plain_options(self) -> BlockOptions:
+        """Options of a kernel call with nothing added to its logits."""
+        return BlockOptions(scale=self.scale, is_causal=self.is_causal)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Returns out (b, n, h, d) in the dtype of q and lse (b, n, h) in float32 or float64."""
         out, lse = self._sums(q), self._sums(q[..., 0], fill=float("-inf"))

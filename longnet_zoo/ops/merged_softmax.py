@@ -19,14 +19,11 @@ from torch import Tensor
 from .fused_schedule import FusedSchedule
 from .fused_softmax import FusedSoftmax, kernel_rows, launch_last, on_device
 from .joint_softmax import folded
-from .kernels.call import BlockOptions
 from .merge import add_zero_keys_
 from .schedule import Block, blocks_of, view_rows
 from .sequences import SequenceGroup
 
 __all__ = ["MergedSoftmax"]
-
-_LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +37,7 @@ class MergedSoftmax(FusedSoftmax):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Returns out (b, n, h, d) in the dtype of q and lse (b, n, h) in float32."""
         from .kernels.triton_forward import attend_rows
+        from .kernels.triton_parts import LOG2_E
 
         q, k = self._decay_all(q, k)
         setup = self._setup(q, k, attends=False)
@@ -47,13 +45,12 @@ class MergedSoftmax(FusedSoftmax):
         partial_lse = self._partials_of(q[..., 0], setup.schedule, dtype=torch.float32)
         for block, views in self._calls([q, k, v], [partial_out, partial_lse], setup.schedule):
             *inputs, out_rows, lse_rows = views
-            out, lse = self.kernel.forward(*inputs, self._options)
+            out, lse = self.kernel.forward(*inputs, self.plain_options)
             if block.num_zero_keys:
                 add_zero_keys_(out, lse, block.num_zero_keys)
             out_rows.copy_(out)
-            torch.mul(lse, _LOG2_E, out=lse_rows)
-        out = self._result(q)
-        lse = self._result(q[..., 0], dtype=torch.float32, fill=float("-inf"))
+            torch.mul(lse, LOG2_E.value, out=lse_rows)
+        out, lse = self._results(q)
         with on_device(q):
             tensors = (*(kernel_rows(x) for x in (q, k, v)), out, lse, partial_out, partial_lse)
             launch_last(attend_rows, tensors, setup, "BLOCK_M")
@@ -79,13 +76,10 @@ class MergedSoftmax(FusedSoftmax):
         partials = [self._partials_of(x, setup.schedule) for x in (q, k, v)]
         saved = [out_grad, q, k, v, out, lse]
         for _, views in self._calls(saved, partials, setup.schedule):
-            new_grads = self.kernel.backward(*views[:6], self._options)
+            new_grads = self.kernel.backward(*views[:6], self.plain_options)
             for rows, grad in zip(views[6:], new_grads, strict=True):
                 rows.copy_(grad)
-        # With xPos, factors come after the sums over the branches: only then is it time to round.
-        sum_dtype = dtype if self.xpos_scale_base is None else torch.float32
-        q_grad, k_grad = self._result(q, dtype=sum_dtype), self._result(k, dtype=sum_dtype)
-        v_grad = self._result(v)
+        q_grad, k_grad, v_grad = self._gradients(q, k, v)
         with on_device(q):
             inputs = (*(kernel_rows(x) for x in (q, k, v, out_grad)), lse, lse)
             launch_last(query_gradient, (*inputs, q_grad, partials[0]), setup, "BLOCK_M")
@@ -93,10 +87,6 @@ class MergedSoftmax(FusedSoftmax):
             launch_last(key_gradients, (*inputs, *results), setup, "BLOCK_N")
         q_grad, k_grad = self._decay_all(q_grad, k_grad)
         return q_grad.to(dtype), k_grad.to(dtype), v_grad, None
-
-    @property
-    def _options(self) -> BlockOptions:
-        return BlockOptions(scale=self.scale, is_causal=self.is_causal)
 
     def _partials_of(
         self, x: Tensor, schedule: FusedSchedule, *, dtype: torch.dtype | None = None
@@ -112,30 +102,25 @@ class MergedSoftmax(FusedSoftmax):
         lines = {(line[0], line[1]): line[3:] for line in schedule.sequences.tolist()}
         num_heads = tensors[0].shape[2]
         for group in self.groups:
-            firsts = lines[(0, group.first) if group.is_packed else (group.first, 0)]
+            firsts = lines[group.starts()[0]]
             for block in blocks_of(
                 self.pattern, group.length, num_heads, num_heads, self.is_causal
             ):
                 views = [view_rows(group.select(x), block) for x in tensors]
                 first = firsts[block.branch]
-                views += [
-                    _view_partials(x, block, group, schedule.lengths[block.branch], first)
-                    for x in partials
-                ]
+                views += [_view_partials(x, block, group, schedule, first) for x in partials]
                 for part in folded(views):
                     yield block, part
 
 
 def _view_partials(
-    x: Tensor, block: Block, group: SequenceGroup, branch: tuple[int, int], first: int
+    x: Tensor, block: Block, group: SequenceGroup, schedule: FusedSchedule, first: int
 ) -> Tensor:
     """The block's partials of a tensor (h, p, ...) as a strided view (b, s, t, u, ...)."""
-    width = min(branch[0], group.length)
-    full_rows = -(-width // branch[1])
-    count, tail = divmod(group.length, width)
-    per_sequence = count * full_rows + -(-tail // branch[1])
+    full_rows = schedule.segment_rows(block.branch, group.length)
+    per_sequence = schedule.num_rows(block.branch, group.length)
     head, row, *rest = x.stride()
-    start = first + block.row_start // width * full_rows
+    start = first + block.row_start // block.segment_stride * full_rows
     return x.as_strided(
         (group.count, block.num_segments, block.num_rows, block.num_heads, *x.shape[2:]),
         (per_sequence * row, full_rows * row, row, block.head_step * head, *rest),

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .joint_softmax import JointSoftmax
-from .kernels.call import BlockOptions
 from .merge import merge_
 
 __all__ = ["PackedSoftmax"]
@@ -51,7 +50,7 @@ class PackedSoftmax(JointSoftmax):
                 _gathered(v, pack.kv_index),
                 pack.bounds,
                 pack.max_rows,
-                self._options,
+                self.plain_options,
             )
             joint = _gathered(out, pack.index), _gathered(lse, pack.index)
             merge_(*joint, new_out, new_lse)
@@ -81,7 +80,7 @@ class PackedSoftmax(JointSoftmax):
                 *(_gathered(x, pack.index) for x in (out, lse)),
                 pack.bounds,
                 pack.max_rows,
-                self._options,
+                self.plain_options,
             )
             indices = (pack.index, pack.kv_index, pack.kv_index)
             for total, index, grad in zip(grads, indices, new_grads, strict=True):
@@ -89,10 +88,6 @@ class PackedSoftmax(JointSoftmax):
         grads[:2] = self._decay_all(*grads[:2])
         q_grad, k_grad, v_grad = (grad.to(v.dtype) for grad in grads)
         return q_grad, k_grad, v_grad, None
-
-    @property
-    def _options(self) -> BlockOptions:
-        return BlockOptions(scale=self.scale, is_causal=self.is_causal)
 
     def _packs(self, q: Tensor, k: Tensor) -> Iterator[_Pack]:
         num_heads, group_size = q.shape[2], q.shape[2] // k.shape[2]
@@ -117,9 +112,7 @@ class PackedSoftmax(JointSoftmax):
         """Start in (b * n,) and length of each sequence."""
         starts, lengths = [], []
         for group in self.groups:
-            step = group.length if group.is_packed else seq_len
-            first = group.first if group.is_packed else group.first * seq_len
-            starts += [first + step * index for index in range(group.count)]
+            starts += [row * seq_len + first for row, first in group.starts()]
             lengths += [group.length] * group.count
         return torch.tensor(starts), torch.tensor(lengths)
 

@@ -25,6 +25,12 @@ class SequenceGroup:
     count: int
     length: int
 
+    def starts(self) -> list[tuple[int, int]]:
+        """Batch row and first token of each sequence."""
+        if self.is_packed:
+            return [(0, self.first + index * self.length) for index in range(self.count)]
+        return [(self.first + index, 0) for index in range(self.count)]
+
     def select(self, x: Tensor) -> Tensor:
         """Views the group's part of x (b, n, ...) as (c, l, ...)."""
         if self.is_packed:
