@@ -21,14 +21,14 @@ from .packed_softmax import PackedSoftmax
 from .pattern import DilatedPattern, HeadOffset, PaddedKeys
 from .sequences import SequenceGroup, split_sequences
 
-__all__ = ["Options", "attend", "can_merge", "differentiate"]
+__all__ = ["OPTIONS_SCHEMA", "Options", "attend", "can_merge", "differentiate"]
 
 # Elements of q that are attended at once; results beside the output take a few times as many.
 _MAX_ELEMENTS = 2**30
 
 
 class Options(NamedTuple):
-    """What both custom ops take beside their tensors, in the order of `_SCHEMA`."""
+    """What both custom ops take beside their tensors, in the order of `OPTIONS_SCHEMA`."""
 
     dense_bias: Tensor | None
     distance_bias: Tensor | None
@@ -39,6 +39,8 @@ class Options(NamedTuple):
     dilation_rates: Sequence[int]
     head_offset: HeadOffset
     padded_keys: PaddedKeys
+    first_head: int
+    total_heads: int | None
     is_causal: bool
     scale: float
     xpos_scale_base: float | None
@@ -54,6 +56,8 @@ class Options(NamedTuple):
             tuple(self.dilation_rates),
             self.head_offset,
             self.padded_keys,
+            self.first_head,
+            self.total_heads,
         )
 
     def sequences(self, q: Tensor) -> tuple[list[SequenceGroup], Tensor | None]:
@@ -127,7 +131,7 @@ class Options(NamedTuple):
         )
         kernel = choose_kernel(self.backend, call)
         has_own_keys = q.shape[2] == k.shape[2]
-        return self._solver(kernel, call, groups, has_own_keys=has_own_keys)(
+        return self.solver(kernel, call, groups, has_own_keys=has_own_keys)(
             pattern=self.pattern,
             kernel=kernel,
             groups=groups,
@@ -141,7 +145,7 @@ class Options(NamedTuple):
             seed=0 if self.seed is None else int(self.seed) + first,
         )
 
-    def _solver(
+    def solver(
         self,
         kernel: ModuleType,
         call: Call,
@@ -149,6 +153,7 @@ class Options(NamedTuple):
         *,
         has_own_keys: bool,
     ) -> type[JointSoftmax]:
+        """Picks what makes most of a kernel for whole sequences."""
         if kernel is triton:
             return FusedSoftmax
         is_plain = call.beyond_fused() is None and not call.has_unnested_xpos
@@ -166,6 +171,8 @@ def _pattern_of(
     dilation_rates: tuple[int, ...],
     head_offset: HeadOffset,
     padded_keys: PaddedKeys,
+    first_head: int,
+    total_heads: int | None,
 ) -> DilatedPattern:
     # Asked for several times in every call, and its checks are not free.
     return DilatedPattern(
@@ -173,6 +180,8 @@ def _pattern_of(
         dilation_rates=dilation_rates,
         head_offset=head_offset,
         padded_keys=padded_keys,
+        first_head=first_head,
+        total_heads=total_heads,
     )
 
 
@@ -181,11 +190,11 @@ def can_merge(call: Call) -> bool:
     return call.device_type == "cuda" and refusal_of(triton, call) is None
 
 
-_SCHEMA = (
+OPTIONS_SCHEMA = (
     "Tensor? dense_bias, Tensor? distance_bias, Tensor? key_padding_mask, Tensor? cu_seqlens, "
     "Tensor? seed, int[] segment_lengths, int[] dilation_rates, str head_offset, str padded_keys, "
-    "bool is_causal, float scale, float? xpos_scale_base, float dropout_p, str backend, "
-    "bool return_lse"
+    "int first_head, int? total_heads, bool is_causal, float scale, float? xpos_scale_base, "
+    "float dropout_p, str backend, bool return_lse"
 )
 
 
@@ -289,7 +298,7 @@ _custom_op = torch.library.custom_op(
     "longnet_zoo::dilated_attention",
     attend,
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_SCHEMA}) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, {OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
 )
 _custom_op.register_fake(_fake_forward)
 _custom_op.register_autograd(_chain, setup_context=_save)
@@ -299,7 +308,7 @@ _custom_backward = torch.library.custom_op(
     mutates_args=(),
     schema=(
         "(Tensor out_grad, Tensor? lse_grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-        f"{_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
+        f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 _custom_backward.register_fake(_fake_backward)

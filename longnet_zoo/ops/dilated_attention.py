@@ -128,12 +128,16 @@ def checked_options(
     backend: str,
     return_lse: bool,
     seed: Tensor | None,
+    seq_len: int | None = None,
 ) -> Options:
-    """Checks the arguments of `dilated_attention` and makes those of the custom op."""
+    """Checks the arguments of `dilated_attention` and makes those of the custom op.
+
+    `seq_len` are the tokens of the whole sequence, where q, k and v hold a part of one.
+    """
     check_arguments(q, k, v, pattern, bias, key_padding_mask, cu_seqlens, dropout_p, backend)
     check_numbers(scale=scale, xpos_scale_base=xpos_scale_base)
-    seq_len, head_dim = q.shape[1], q.shape[3]
-    span = min(pattern.segment_lengths[-1], seq_len)
+    head_dim = q.shape[3]
+    span = min(pattern.segment_lengths[-1], q.shape[1] if seq_len is None else seq_len)
     if xpos_scale_base is not None:
         check_xpos_range(
             span=span,
@@ -152,6 +156,8 @@ def checked_options(
         dilation_rates=pattern.dilation_rates,
         head_offset=pattern.head_offset,
         padded_keys=pattern.padded_keys,
+        first_head=pattern.first_head,
+        total_heads=pattern.total_heads,
         is_causal=is_causal,
         scale=head_dim**-0.5 if scale is None else scale,
         xpos_scale_base=xpos_scale_base,

@@ -153,7 +153,7 @@ class FusedSoftmax(JointSoftmax):
     def _results(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Makes what the forward pass writes: out (b, n, h, d) and lse (b, n, h)."""
         lse = self._result(q[..., 0], dtype=torch.float32, fill=float("-inf"))
-        return self._result(q), lse
+        return self._result(q, dtype=self.out_dtype), lse
 
     def _gradients(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Makes what the backward pass writes: the gradients of q, k and v."""

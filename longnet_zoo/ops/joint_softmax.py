@@ -12,7 +12,7 @@ segments, t rows, u heads.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from types import ModuleType
 
@@ -27,17 +27,23 @@ from .positions import float64_device, xpos_zeta
 from .schedule import Block, blocks_of, view_pairs, view_rows
 from .sequences import SequenceGroup
 
-__all__ = ["JointSoftmax", "folded"]
+__all__ = ["JointSoftmax", "Piece", "folded"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Piece:
+class Piece:
     """One kernel call: the block it belongs to, views of its rows, and how to attend them."""
 
     block: Block
     views: list[Tensor]
     options: BlockOptions
     is_first: bool  # no earlier piece covers these rows
+    first_key: int  # the row of the segment that is the first key
+
+    @property
+    def is_own(self) -> bool:
+        """Whether keys and queries are the same rows."""
+        return self.first_key == self.block.num_before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,7 @@ class JointSoftmax:
         distance_bias: Additive logits by key minus query position, (h, 2m - 1), or None.
         dropout_p: Probability of attention dropout.
         seed: Seed of the attention dropout.
+        out_dtype: Dtype of the output; None: that of the values.
     """
 
     pattern: DilatedPattern
@@ -69,6 +76,7 @@ class JointSoftmax:
     distance_bias: Tensor | None
     dropout_p: float
     seed: int
+    out_dtype: torch.dtype | None = None
 
     @property
     def plain_options(self) -> BlockOptions:
@@ -82,9 +90,9 @@ class JointSoftmax:
         q, k = self._decay_all(q, k)
         for piece in self._pieces([q, out, lse], [k, v]):
             q_rows, out_rows, lse_rows, k_rows, v_rows = piece.views
-            q_rows, k_rows = self._decay_block(q_rows, k_rows, piece.block)
+            q_rows, k_rows = self._decay_block(q_rows, k_rows, piece)
             new_out, new_lse = self.kernel.forward(q_rows, k_rows, v_rows, piece.options)
-            if piece.block.num_zero_keys:
+            if piece.is_own and piece.block.num_zero_keys:
                 add_zero_keys_(new_out, new_lse, piece.block.num_zero_keys)
             if piece.is_first:
                 out_rows.copy_(new_out)
@@ -94,7 +102,7 @@ class JointSoftmax:
         if self.is_hidden is not None:
             out.masked_fill_(self.is_hidden[:, :, None, None], 0.0)
             lse.masked_fill_(self.is_hidden[:, :, None], float("-inf"))
-        return out.to(v.dtype), lse
+        return out.to(self.out_dtype or v.dtype), lse
 
     def backward(
         self,
@@ -124,7 +132,7 @@ class JointSoftmax:
             q_rows, out_grad_rows, out_rows, lse_rows, q_sum, *rest = piece.views
             lse_grad_rows = rest.pop(0) if lse_grad is not None else None
             k_rows, v_rows, k_sum, v_sum = rest
-            decayed_q, decayed_k = self._decay_block(q_rows, k_rows, piece.block)
+            decayed_q, decayed_k = self._decay_block(q_rows, k_rows, piece)
             q_grad, k_grad, v_grad = self.kernel.backward(
                 out_grad_rows,
                 decayed_q,
@@ -135,7 +143,7 @@ class JointSoftmax:
                 piece.options,
                 lse_grad_rows,
             )
-            q_grad, k_grad = self._decay_block(q_grad, k_grad, piece.block)
+            q_grad, k_grad = self._decay_block(q_grad, k_grad, piece)
             _add(q_sum, q_grad, is_first=piece.is_first)
             _add(k_sum, k_grad, is_first=piece.is_first)
             _add(v_sum, v_grad, is_first=piece.is_first)
@@ -150,27 +158,52 @@ class JointSoftmax:
         query_tensors: list[Tensor],
         kv_tensors: list[Tensor],
         bias_grad: Tensor | None = None,
-    ) -> Iterator[_Piece]:
+    ) -> Iterator[Piece]:
         """Lists the kernel calls; a branch of rate 1 comes first, since it covers every row."""
         num_heads, num_kv_heads = query_tensors[0].shape[2], kv_tensors[0].shape[2]
         calls = count()
         for group in self.groups:
-            blocks = blocks_of(self.pattern, group.length, num_heads, num_kv_heads, self.is_causal)
-            covering = min(blocks, key=lambda block: block.row_step).branch
+            blocks = self._blocks(group, num_heads, num_kv_heads)
+            # None for a part of a sequence in which no branch has a row.
+            covering = (
+                min((block.row_step, block.branch) for block in blocks)[1] if blocks else None
+            )
             for block in sorted(blocks, key=lambda block: block.branch != covering):
                 views = [view_rows(group.select(x), block) for x in query_tensors]
                 views += [view_rows(group.select(x), block, is_kv=True) for x in kv_tensors]
                 is_first = block.branch == covering and block.row_step == 1
                 for part, bias in self._parts(views, group, block, bias_grad):
-                    dropout = Dropout(probability=self.dropout_p, seed=(self.seed, next(calls)))
-                    options = BlockOptions(
-                        scale=self.scale,
-                        is_causal=self.is_causal,
-                        is_kv_shared=block.kv_head_step == block.head_skew == 0,
-                        bias=bias,
-                        dropout=dropout if self.dropout_p else None,
+                    yield Piece(
+                        block=block,
+                        views=part,
+                        options=self._options(block, bias, next(calls), self.is_causal),
+                        is_first=is_first,
+                        first_key=block.num_before,
                     )
-                    yield _Piece(block=block, views=part, options=options, is_first=is_first)
+
+    def _blocks(self, group: SequenceGroup, num_heads: int, num_kv_heads: int) -> tuple[Block, ...]:
+        return blocks_of(
+            self.pattern,
+            group.seq_len,
+            num_heads,
+            num_kv_heads,
+            self.is_causal,
+            start=group.start,
+            length=group.length,
+        )
+
+    def _options(
+        self, block: Block, bias: LogitBias | None, call: int, is_causal: bool
+    ) -> BlockOptions:
+        """Options of kernel call number `call`."""
+        dropout = Dropout(probability=self.dropout_p, seed=(self.seed, call))
+        return BlockOptions(
+            scale=self.scale,
+            is_causal=is_causal,
+            is_kv_shared=block.is_kv_shared,
+            bias=bias,
+            dropout=dropout if self.dropout_p else None,
+        )
 
     def _parts(
         self, views: list[Tensor], group: SequenceGroup, block: Block, bias_grad: Tensor | None
@@ -183,23 +216,31 @@ class JointSoftmax:
         if self.is_hidden is not None:
             is_hidden = self.is_hidden.unsqueeze(-1).expand(-1, -1, block.heads.stop)
             views = [*views, view_rows(group.select(is_hidden), block)]
-        heads = block.heads
         dense = self._dense_views(self.dense_bias, group, block)
         dense_grad = self._dense_views(bias_grad, group, block) if dense is not None else None
         parts = folded(views) if dense is None else _one_by_one(views)
         for index, part in enumerate(parts):
             row, segment = divmod(index, block.num_segments)
-            bias = LogitBias(
-                row_step=block.row_step,
-                by_distance=None if self.distance_bias is None else self.distance_bias[heads],
-                by_distance_grad=(
-                    None if self.distance_bias is None or bias_grad is None else bias_grad[heads]
-                ),
-                dense=None if dense is None else dense[row, segment],
-                dense_grad=None if dense_grad is None else _unshared(dense_grad[row, segment]),
-                is_hidden=part[-1] if self.is_hidden is not None else None,
-            )
-            yield part[: len(part) - (self.is_hidden is not None)], bias
+            bias = self._logit_bias(block, bias_grad)
+            if dense is not None:
+                grad = None if dense_grad is None else _unshared(dense_grad[row, segment])
+                bias = replace(bias, dense=dense[row, segment], dense_grad=grad)
+            if self.is_hidden is not None:
+                bias = replace(bias, is_hidden=part.pop())
+            yield part, bias
+
+    def _logit_bias(
+        self, block: Block, bias_grad: Tensor | None, *, key_offset: int = 0
+    ) -> LogitBias:
+        """What depends on distances alone, for keys that begin `key_offset` rows after queries."""
+        by_distance, heads = self.distance_bias, block.heads
+        grad = None if by_distance is None else bias_grad
+        return LogitBias(
+            row_step=block.row_step,
+            key_offset=key_offset * block.row_step,
+            by_distance=None if by_distance is None else by_distance[heads],
+            by_distance_grad=None if grad is None else grad[heads],
+        )
 
     def _dense_views(
         self, bias: Tensor | None, group: SequenceGroup, block: Block
@@ -242,19 +283,27 @@ class JointSoftmax:
         longest = self.pattern.segment_lengths[-1]
         decayed = torch.zeros_like(q), torch.zeros_like(k)
         for group in self.groups:
-            place = _float64_range(group.length, q) % longest
-            factors = self._xpos_factors(place - (min(longest, group.length) - 1) / 2, q)
+            place = (_float64_range(group.length, q) + group.start) % longest
+            factors = self._xpos_factors(place - (min(longest, group.seq_len) - 1) / 2, q)
             torch.mul(group.select(q), factors, out=group.select(decayed[0]))
             torch.mul(group.select(k), 1 / factors, out=group.select(decayed[1]))
         return decayed
 
-    def _decay_block(self, q_rows: Tensor, k_rows: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    def _decay_block(self, q_rows: Tensor, k_rows: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
         """Multiplies by the xPos factors of the block's own segment, if segments do not nest."""
         if self.xpos_scale_base is None or self.pattern.is_nested:
             return q_rows, k_rows
-        rows = _float64_range(block.num_rows, q_rows)
-        factors = self._xpos_factors((rows - (block.num_rows - 1) / 2) * block.row_step, q_rows)
-        return (q_rows * factors).to(q_rows.dtype), (k_rows / factors).to(k_rows.dtype)
+        block = piece.block
+        middle = (block.segment_rows - 1) / 2
+        q_places, k_places = (
+            (_float64_range(rows.shape[1], rows) + (first - middle)) * block.row_step
+            for rows, first in ((q_rows, block.num_before), (k_rows, piece.first_key))
+        )
+        q_factors, k_factors = (
+            self._xpos_factors(q_places, q_rows),
+            self._xpos_factors(k_places, k_rows),
+        )
+        return (q_rows * q_factors).to(q_rows.dtype), (k_rows / k_factors).to(k_rows.dtype)
 
     def _xpos_factors(self, places: Tensor, like: Tensor) -> Tensor:
         """Makes zeta ** (place / scale_base) for queries, (places, 1, d); keys take the inverse.

@@ -57,7 +57,7 @@ class PackedSoftmax(JointSoftmax):
             for total, rows in zip((out, lse), joint, strict=True):
                 if rows.shape != total.flatten(0, 1).shape:  # else it is a view of all rows
                     total.flatten(0, 1).index_put_(pack.index, rows)
-        return out.to(v.dtype), lse
+        return out.to(self.out_dtype or v.dtype), lse
 
     def backward(
         self,

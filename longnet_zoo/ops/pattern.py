@@ -11,7 +11,7 @@ Shape legend: n seq_len, h num_heads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -39,6 +39,9 @@ class DilatedPattern:
             `"block"`: h // ceil(num_heads / r), as in the published torchscale weights.
         padded_keys: What fills an incomplete segment when attention is not causal. `"ignore"`:
             nothing. `"zero"`: zero keys that take softmax mass, as published weights were trained.
+        first_head: The head of the layer that is head 0 here, where heads are spread over
+            processes.
+        total_heads: Heads of the whole layer; None: those that are here.
 
     Raises:
         ValueError: If a length or rate is out of range, or the two do not pair up.
@@ -52,6 +55,8 @@ class DilatedPattern:
     dilation_rates: tuple[int, ...]
     head_offset: HeadOffset = "modulo"
     padded_keys: PaddedKeys = "ignore"
+    first_head: int = field(default=0, repr=False)
+    total_heads: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("segment_lengths", "dilation_rates"):
@@ -137,10 +142,11 @@ class DilatedPattern:
     def offsets(self, branch: int, num_heads: int) -> tuple[int, ...]:
         """Offset of each head in a branch: the place in the segment at which its steps start."""
         rate = self.dilation_rates[branch]
+        heads = range(self.first_head, self.first_head + num_heads)
         if self.head_offset == "modulo":
-            return tuple(head % rate for head in range(num_heads))
-        heads_per_offset = -(-num_heads // rate)
-        return tuple(head // heads_per_offset for head in range(num_heads))
+            return tuple(head % rate for head in heads)
+        heads_per_offset = -(-(self.total_heads or num_heads) // rate)
+        return tuple(head // heads_per_offset for head in heads)
 
     def attended_pairs(self, seq_len: int, num_heads: int, *, is_causal: bool = False) -> int:
         """Counts the (query, key) pairs of all heads and branches; zero keys are not counted.

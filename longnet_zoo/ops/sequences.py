@@ -18,12 +18,28 @@ __all__ = ["SequenceGroup", "split_sequences"]
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceGroup:
-    """Sequences of equal length that lie at equal distances in a tensor (b, n, ...)."""
+    """Sequences, or parts of some, of equal length at equal distances in a tensor (b, n, ...).
+
+    Attributes:
+        is_packed: Whether they lie in one row behind each other, not in rows of the batch.
+        first: Row of the batch, or position in the packed row, of the first one.
+        count: How many they are.
+        length: Tokens of each that are in the tensor.
+        start: Place of the first of these in the whole sequence.
+        whole_length: Tokens of the whole sequence; None: `length`, nothing is elsewhere.
+    """
 
     is_packed: bool
-    first: int  # row of the batch, or position in the packed row
+    first: int
     count: int
     length: int
+    start: int = 0
+    whole_length: int | None = None
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of the whole sequence."""
+        return self.length if self.whole_length is None else self.whole_length
 
     def starts(self) -> list[tuple[int, int]]:
         """Batch row and first token of each sequence."""

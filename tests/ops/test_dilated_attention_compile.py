@@ -169,6 +169,8 @@ def op_arguments(call: Call, *, dropout_p: float = 0.0, return_lse: bool = True)
         list(call.dilation_rates),
         call.head_offset,
         call.padded_keys,
+        0,
+        None,
         call.is_causal,
         call.head_dim**-0.5,
         call.xpos_scale_base,

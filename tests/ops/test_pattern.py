@@ -21,6 +21,19 @@ def test_offsets_follow_paper_or_torchscale():
     assert DilatedPattern(**branches).offsets(0, 3) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("head_offset", ["modulo", "block"])
+def test_heads_of_a_layer_keep_their_offsets_where_only_some_are_there(head_offset):
+    pattern = DilatedPattern(
+        segment_lengths=(8, 24), dilation_rates=(1, 4), head_offset=head_offset
+    )
+    whole = pattern.offsets(1, 6)
+    parts = [
+        dataclasses.replace(pattern, first_head=first, total_heads=6).offsets(1, 2)
+        for first in (0, 2, 4)
+    ]
+    assert sum(parts, ()) == whole
+
+
 @pytest.mark.parametrize("seq_len", [0, -3])
 def test_an_empty_sequence_has_no_pairs_to_count(seq_len):
     pattern = DilatedPattern(segment_lengths=(8,), dilation_rates=(1,))

@@ -3,7 +3,8 @@
 An n x n tensor never exists at length: a relative bias is a table over distances, and a hidden key
 is one boolean.
 
-Shape legend: b batch of the call, u heads of the call, t rows (queries and keys) of the call.
+Shape legend: b batch of the call, u heads of the call, t rows (queries and keys) of the call; keys
+that come from elsewhere may be more or fewer.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class LogitBias:
 
     Attributes:
         row_step: Positions between neighbouring rows.
+        key_offset: Position of the first key minus that of the first query.
         by_distance: Bias by key position minus query position, (u, 2m - 1), zero distance in
             the middle.
         by_distance_grad: Where its gradient is added, same shape.
@@ -31,6 +33,7 @@ class LogitBias:
     """
 
     row_step: int
+    key_offset: int = 0
     by_distance: Tensor | None = None
     by_distance_grad: Tensor | None = None
     dense: Tensor | None = None
@@ -64,4 +67,5 @@ class LogitBias:
         device = self.by_distance.device
         queries = torch.arange(start, start + num_rows, device=device)
         keys = torch.arange(num_keys, device=device)
-        return (keys - queries[:, None]) * self.row_step + self.by_distance.shape[1] // 2
+        zero = self.by_distance.shape[1] // 2 + self.key_offset
+        return (keys - queries[:, None]) * self.row_step + zero

@@ -28,6 +28,7 @@ class Call:
             nest in the longest one.
         has_dropout: Whether attention dropout is active.
         has_lse_grad: Whether a gradient flows in through the LSE.
+        is_block: Whether a block of another schedule is to be attended, not a whole problem.
     """
 
     device_type: str
@@ -41,6 +42,7 @@ class Call:
     has_unnested_xpos: bool = False
     has_dropout: bool = False
     has_lse_grad: bool = False
+    is_block: bool = False
 
     def below_capability(self, needed: tuple[int, int]) -> str | None:
         """Says that an NVIDIA GPU is too old for a kernel, or None."""

@@ -40,7 +40,7 @@ def _must_repeat() -> bool:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: BlockOptions) -> tuple[Tensor, Tensor]:
     """Attends one block: out (b, t, u, d) in the dtype of q, lse (b, t, u) in float32."""
-    if q.shape[1] == 1:  # cuDNN has no attention to a single key
+    if 1 in (q.shape[1], k.shape[1]):  # cuDNN has no attention to a single key
         return math.forward(q, k, v, options)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
@@ -60,7 +60,7 @@ def backward(
     lse_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a block, given the out and LSE of the whole softmax it is a part of."""
-    if q.shape[1] == 1:
+    if 1 in (q.shape[1], k.shape[1]):
         return math.backward(out_grad, q, k, v, out, lse, options, lse_grad)
     rng_state = torch.zeros((), dtype=torch.int64, device=q.device)  # read only by dropout
     grads = _aten._scaled_dot_product_cudnn_attention_backward(

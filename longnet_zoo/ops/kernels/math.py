@@ -3,7 +3,8 @@
 It serves every call: any floating dtype and device, bias with its gradient, hidden keys, dropout, a
 gradient through the LSE. Half types are computed in float32.
 
-Shape legend: b batch, t rows, u heads, d head_dim; logits are (b, u, rows of the chunk, keys).
+Shape legend: b batch, t rows, u heads, d head_dim; logits are (b, u, rows of the chunk, keys). Keys
+may be more or fewer rows than queries where attention is not causal.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: BlockOptions) -> tuple[Ten
     """Attends one block: out (b, t, u, d), dtype of q, and lse (b, t, u), at least float32."""
     q, k, v, dtype = *_computed(q, k, v), q.dtype
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
-    for start, stop, num_keys in _chunks(q, options.is_causal):
+    for start, stop, num_keys in _chunks(q, k, options.is_causal):
         logits = _logits(q, k, start, stop, num_keys, options)
         chunk_lse = logits.logsumexp(-1, keepdim=True)
         weights = _weights(logits, chunk_lse)
@@ -64,7 +65,7 @@ def backward(
     if lse_grad is not None:
         delta = delta - lse_grad
     q_grad, k_grad, v_grad = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for start, stop, num_keys in _chunks(q, options.is_causal):
+    for start, stop, num_keys in _chunks(q, k, options.is_causal):
         logits = _logits(q, k, start, stop, num_keys, options)
         weights = _weights(logits, lse[:, start:stop].transpose(1, 2).unsqueeze(-1))
         chunk_grad = out_grad[:, start:stop]
@@ -89,13 +90,14 @@ def _computed(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
-def _chunks(q: Tensor, is_causal: bool) -> Iterator[tuple[int, int, int]]:
+def _chunks(q: Tensor, k: Tensor, is_causal: bool) -> Iterator[tuple[int, int, int]]:
     """(first row, row after the last, number of keys they may see) of each chunk."""
     batch, num_rows, num_heads, _ = q.shape
-    size = max(_MIN_ROWS, _MAX_LOGITS // (batch * num_heads * num_rows))
+    num_keys = k.shape[1]
+    size = max(_MIN_ROWS, _MAX_LOGITS // (batch * num_heads * num_keys))
     for start in range(0, num_rows, size):
         stop = min(start + size, num_rows)
-        yield start, stop, stop if is_causal else num_rows
+        yield start, stop, stop if is_causal else num_keys
 
 
 def _logits(

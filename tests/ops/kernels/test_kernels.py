@@ -10,6 +10,7 @@ from longnet_zoo.ops.kernels import (
     math,
     refusal_of,
     sdpa,
+    triton,
 )
 from longnet_zoo.ops.kernels.bias import LogitBias
 from longnet_zoo.ops.kernels.call import BlockOptions, Dropout
@@ -69,6 +70,38 @@ def test_math_in_chunks_equals_one_chunk(monkeypatch):
     torch.testing.assert_close(again, grads)
 
 
+@pytest.mark.parametrize("kernel", [sdpa, math])
+@pytest.mark.parametrize("num_keys", [1, 7, 29])
+def test_keys_may_be_more_or_fewer_than_queries(kernel, num_keys, monkeypatch):
+    monkeypatch.setattr(math, "_MIN_ROWS", 3)
+    monkeypatch.setattr(math, "_MAX_LOGITS", 1)
+    q = torch.randn(2, 13, 3, 8, dtype=torch.float64, requires_grad=True)
+    k, v = torch.randn(2, 2, num_keys, 3, 8, dtype=torch.float64, requires_grad=True).unbind()
+    logits = torch.einsum("bqud,bkud->buqk", q, k) * SCALE
+    out = torch.einsum("buqk,bkud->bqud", logits.softmax(-1), v)
+    lse = logits.logsumexp(-1).transpose(1, 2)
+    options = BlockOptions(scale=SCALE, is_causal=False)
+    found = kernel.forward(*(x.detach() for x in (q, k, v)), options)
+    torch.testing.assert_close(found, (out.detach(), lse.detach()), rtol=0, atol=1e-12)
+    out_grad = torch.randn_like(out)
+    expected = torch.autograd.grad(out, (q, k, v), out_grad)
+    grads = kernel.backward(*(x.detach() for x in (out_grad, q, k, v, out, lse)), options)
+    torch.testing.assert_close(grads, expected, rtol=0, atol=1e-12)
+
+
+def test_a_bias_by_distance_knows_where_the_keys_begin():
+    table = torch.randn(1, 2 * 50 - 1, dtype=torch.float64)  # zero distance at place 49
+    grad = torch.zeros_like(table)
+    bias = LogitBias(row_step=3, key_offset=-12, by_distance=table, by_distance_grad=grad)
+    logits = torch.zeros(1, 1, 2, 4, dtype=torch.float64)
+    bias.add_to(logits, start=5)
+    # Query rows 5 and 6 lie at 15 and 18, the keys at -12, -9, -6 and -3.
+    distances = torch.tensor([[-27, -24, -21, -18], [-30, -27, -24, -21]])
+    assert torch.equal(logits[0, 0], table[0, 49 + distances])
+    bias.add_grad(torch.ones_like(logits), start=5)
+    assert torch.equal(grad[0], torch.bincount(49 + distances.flatten(), minlength=99).double())
+
+
 def test_hidden_rows_give_zero_and_minus_infinity():
     q, k, v = rows()
     is_hidden = torch.ones(2, 13, 3, dtype=torch.bool)
@@ -98,6 +131,7 @@ def test_dropout_is_the_same_when_drawn_again():
         (sdpa, {"device_type": "mps"}, "needs a device among ('cpu', 'cuda'), got 'mps'"),
         (sdpa, {"dtype": torch.complex64}, "does not support torch.complex64"),
         (sdpa, {"device_type": "cuda", "dtype": torch.half, "head_dim": 12}, "got 12"),
+        (triton, {"is_block": True}, "attends to whole sequences, not to blocks"),
         (efficient, {}, "needs a CUDA device, got 'cpu'"),
         (efficient, {"device_type": "cuda", "dtype": torch.double}, "torch.float64"),
         (efficient, {"device_type": "cuda", "head_dim": 12}, "divisible by 8, got 12"),
