@@ -125,7 +125,7 @@ def run_again_in_backward(
     Returns:
         What the function returns.
     """
-    keep = partial(create_selective_checkpoint_contexts, [_attention_op()])
+    keep = partial(create_selective_checkpoint_contexts, _attention_ops())
     if torch.compiler.is_compiling():
         # The compiler takes no other contexts than its own, nor a default one.
         if saving.keep_attention:
@@ -198,8 +198,11 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _attention_op() -> torch._ops.OpOverload:
-    return torch.ops.longnet_zoo.dilated_attention.default
+def _attention_ops() -> list[torch._ops.OpOverload]:
+    """Lists the ops that attend; those over several processes exist once they are imported."""
+    ops = torch.ops.longnet_zoo
+    names = ("dilated_attention", "parallel_dilated_attention", "ring_attention")
+    return [getattr(ops, name).default for name in names if hasattr(ops, name)]
 
 
 @contextmanager

@@ -9,11 +9,13 @@ Shape legend: b batch, n seq_len.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 __all__ = ["Multiway", "Route", "make_multiway", "run_routed"]
 
@@ -29,12 +31,15 @@ class Route:
             sorted in every sequence.
         inverse: The permutation that undoes `order`.
         shape: The (batch, seq_len) that `order` is for.
+        is_part: Whether other processes have the rest of the sequences. A modality that no token
+            has here then takes part all the same, with gradients of zero: others wait for them.
     """
 
     lengths: tuple[int, ...]
     order: Tensor | None = None
     inverse: Tensor | None = None
     shape: tuple[int, int] | None = None
+    is_part: bool = False
 
     @classmethod
     def split(cls, *lengths: int) -> Route:
@@ -85,6 +90,36 @@ class Route:
         batch, seq_len = modalities.shape
         return cls(tuple(lengths), order, order.argsort(), (batch, seq_len))
 
+    def parts(self, sizes: Sequence[int]) -> list[Route]:
+        """Cuts the route into those of stretches of all sequences, of these lengths.
+
+        Args:
+            sizes: Tokens of each stretch. What they have beyond the sequences is padding, which
+                takes the way of the last modality.
+        """
+        if self.order is not None and self.shape is not None:
+            return self._parts_per_token(sizes)
+        ends = [*accumulate(self.lengths[:-1], initial=0), sum(sizes)]
+        return [
+            Route(tuple(max(0, min(stop, b) - max(start, a)) for a, b in pairwise(ends)))
+            for start, stop in pairwise(accumulate(sizes, initial=0))
+        ]
+
+    def _parts_per_token(self, sizes: Sequence[int]) -> list[Route]:
+        assert self.order is not None
+        assert self.shape is not None
+        num_modalities = len(self.lengths)
+        numbers = torch.arange(num_modalities, device=self.order.device)
+        lengths = torch.tensor(self.lengths, device=self.order.device)
+        modalities = torch.empty_like(self.order)
+        modalities[self.order] = numbers.repeat_interleave(lengths)
+        num_padding = sum(sizes) - self.shape[1]
+        padded = pad(modalities.view(self.shape), (0, num_padding), value=num_modalities - 1)
+        return [
+            Route.per_token(part, num_modalities=num_modalities)
+            for part in padded.split(list(sizes), dim=1)
+        ]
+
 
 class Multiway(nn.Module):
     """One module per modality, each for its own tokens.
@@ -124,17 +159,17 @@ class Multiway(nn.Module):
                     f"route must have one length per modality that add up to seq_len={seq_len}, "
                     f"got {route.lengths}."
                 )
-            return self._run(x, route.lengths, dim=1)
+            return self._run(x, route, dim=1)
         if route.shape != (batch, seq_len):
             raise ValueError(
                 f"route must be for (batch, seq_len)={(batch, seq_len)}, got one for {route.shape}."
             )
-        y = self._run(x.flatten(0, 1)[route.order], route.lengths, dim=0)
+        y = self._run(x.flatten(0, 1)[route.order], route, dim=0)
         return y[route.inverse].unflatten(0, (batch, seq_len))
 
-    def _run(self, x: Tensor, lengths: tuple[int, ...], *, dim: int) -> Tensor:
-        parts = zip(self.experts, x.split(lengths, dim), strict=True)
-        outs = [expert(part) for expert, part in parts if part.shape[dim] > 0]
+    def _run(self, x: Tensor, route: Route, *, dim: int) -> Tensor:
+        parts = zip(self.experts, x.split(route.lengths, dim), strict=True)
+        outs = [expert(part) for expert, part in parts if route.is_part or part.shape[dim] > 0]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -122,19 +122,4 @@ def split_route(route: Route | None, sizes: Sequence[int]) -> list[Route | None]
     """Cuts a route into those of stretches of all sequences, of these lengths."""
     if route is None or len(sizes) == 1:
         return [route] * len(sizes)
-    if route.order is not None and route.shape is not None:
-        num_modalities = len(route.lengths)
-        lengths = torch.tensor(route.lengths, device=route.order.device)
-        modalities = torch.empty_like(route.order)
-        modalities[route.order] = torch.arange(
-            num_modalities, device=route.order.device
-        ).repeat_interleave(lengths)
-        return [
-            Route.per_token(part, num_modalities=num_modalities)
-            for part in modalities.view(route.shape).split(list(sizes), dim=1)
-        ]
-    ends = list(accumulate(route.lengths, initial=0))
-    return [
-        Route.split(*(max(0, min(stop, end) - max(start, begin)) for begin, end in pairwise(ends)))
-        for start, stop in pairwise(accumulate(sizes, initial=0))
-    ]
+    return [replace(part, is_part=route.is_part) for part in route.parts(sizes)]

@@ -5,7 +5,9 @@ Shape legend: b batch, n seq_len, e embed_dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, overload
 
 import torch
@@ -128,6 +130,7 @@ class TransformerStack(nn.Module):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         route: Route | None = None,
+        num_blocks: int | None = None,
         return_hidden_states: Literal[False] = False,
     ) -> Tensor: ...
 
@@ -140,7 +143,8 @@ class TransformerStack(nn.Module):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         route: Route | None = None,
-        return_hidden_states: Literal[True],
+        num_blocks: int | None = None,
+        return_hidden_states: Literal[True] | Sequence[int],
     ) -> tuple[Tensor, list[Tensor]]: ...
 
     def forward(
@@ -151,7 +155,8 @@ class TransformerStack(nn.Module):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         route: Route | None = None,
-        return_hidden_states: bool = False,
+        num_blocks: int | None = None,
+        return_hidden_states: bool | Sequence[int] = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Runs all blocks and the final norm.
 
@@ -162,12 +167,13 @@ class TransformerStack(nn.Module):
             key_padding_mask: Bool (batch, seq_len), True = padding.
             cu_seqlens: Boundaries of packed sequences, int32 (num_sequences + 1,), for batch 1.
             route: The modality of every token, for a multiway stack.
-            return_hidden_states: Whether to return the embeddings and the output of each block,
-                before the final norm, as well.
+            num_blocks: How many blocks to run, from the first on; None: all.
+            return_hidden_states: Whether to return the embeddings (state 0) and the output of each
+                block, before the final norm, as well; or the numbers of the states to return.
 
         Returns:
-            Output, (batch, seq_len, embed_dim), and if asked for, num_layers + 1 hidden states of
-            the same shape.
+            Output, (batch, seq_len, embed_dim), and if asked for, hidden states of the same shape
+            in their order.
 
         Raises:
             ValueError: If `x` has another shape, `positions` are given to a stack without
@@ -184,8 +190,13 @@ class TransformerStack(nn.Module):
                 "stack with num_modalities=1."
             )
         rotary = self._rotary_tables(x, positions)
-        hidden_states = [x]
-        for block in self.blocks:
+        wanted: Sequence[int] = ()
+        if not isinstance(return_hidden_states, bool):
+            wanted = return_hidden_states
+        elif return_hidden_states:
+            wanted = range(len(self.blocks) + 1)
+        hidden_states = [x] if 0 in wanted else []
+        for number, block in enumerate(islice(self.blocks, num_blocks), start=1):
             x = block(
                 x,
                 rotary=rotary,
@@ -194,11 +205,11 @@ class TransformerStack(nn.Module):
                 cu_seqlens=cu_seqlens,
                 route=route,
             )
-            if return_hidden_states:
+            if number in wanted:
                 hidden_states.append(x)
         if self.norm is not None:
             x = run_routed(self.norm, x, route)
-        return (x, hidden_states) if return_hidden_states else x
+        return x if return_hidden_states is False else (x, hidden_states)
 
     def set_memory_saving(self, saving: MemorySaving | None) -> None:
         """Chooses how training saves memory, for every block.

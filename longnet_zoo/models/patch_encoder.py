@@ -162,15 +162,13 @@ class PatchEncoder(ZooModel):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}.")
         taken = block_numbers(indices, len(self.stack.blocks))
-        x = self.embed(images)
-        outputs = {}
-        for number, block in enumerate(self.stack.blocks):
-            if stop_early and number > max(taken):
-                break
-            x = block(x)
-            if number in taken:
-                outputs[number] = self.norm(x) if norm else x
-        intermediates = [outputs[number] for number in sorted(taken)]
+        num_blocks = max(taken) + 1 if stop_early else None
+        x, states = self.stack(
+            self.embed(images),
+            num_blocks=num_blocks,
+            return_hidden_states=[number + 1 for number in taken],
+        )
+        intermediates = [self.norm(state) for state in states] if norm else states
         if output_fmt == "NCHW":
             rows = images.shape[-2] // self.config.patch_size
             pattern = "b (rows columns) e -> b e rows columns"

@@ -212,8 +212,9 @@ class GigaPathSlideEncoder(ZooModel):
                 f"{tuple(numbers)}."
             )
         x, mask = self._embed(tile_embeddings, coords, padding_mask, tile_size, check_coords)
-        _, states = self.stack(x, key_padding_mask=mask, return_hidden_states=True)
-        pooled = [self._pool(states[layer], padding_mask) for layer in numbers]
+        wanted = sorted(set(numbers))
+        _, states = self.stack(x, key_padding_mask=mask, return_hidden_states=wanted)
+        pooled = [self._pool(states[wanted.index(layer)], padding_mask) for layer in numbers]
         return self.norm(torch.stack(pooled, dim=1))
 
     def get_classifier(self) -> nn.Linear | None:

@@ -29,6 +29,9 @@ class TextModel(ZooModel):
     token embedding, transposed, unless `tie_embeddings=False`: there is one such matrix then, under
     one key of the state dict.
 
+    The loss is made by the attribute `cross_entropy_op`, with the signature of
+    `linear_cross_entropy`: replace it where several processes have parts of a sequence.
+
     Args:
         config: The options.
 
@@ -54,6 +57,7 @@ class TextModel(ZooModel):
             relative_max_distance=config.relative_max_distance,
         )
         self.head = _make_head(config)
+        self.cross_entropy_op = linear_cross_entropy
 
     def forward(
         self,
@@ -164,7 +168,7 @@ class TextModel(ZooModel):
             key_padding_mask=key_padding_mask,
             cu_seqlens=cu_seqlens,
         )
-        return linear_cross_entropy(
+        return self.cross_entropy_op(
             features,
             weight,
             labels,

@@ -1,5 +1,6 @@
 """Multiway modules: each token by the weights of its modality, nothing kept between calls."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -109,6 +110,15 @@ def test_only_experts_with_tokens_get_gradients():
     linear(torch.randn(2, 5, 6), Route.split(3, 0, 2)).sum().backward()
     has_gradient = [expert.weight.grad is not None for expert in linear.experts]
     assert has_gradient == [True, False, True]
+
+
+def test_in_a_part_of_a_sequence_every_expert_gets_a_gradient():
+    # Other processes wait for it.
+    layer = Multiway(lambda: nn.Linear(4, 4), num_modalities=2)
+    route = dataclasses.replace(Route.split(3, 0), is_part=True)
+    layer(torch.randn(2, 3, 4), route).sum().backward()
+    assert layer.experts[0].weight.grad.ne(0).any()
+    assert layer.experts[1].weight.grad.eq(0).all()
 
 
 def test_gradients_of_mixed_tokens():

@@ -48,6 +48,19 @@ def test_routes_of_parts_are_those_of_their_tokens(is_split):
     assert split_route(None, sizes) == [None] * 4
 
 
+@pytest.mark.parametrize("is_split", [True, False])
+def test_tokens_beyond_the_sequences_go_with_the_last_modality(is_split):
+    modalities = torch.tensor([[0, 0, 1, 2], [0, 0, 1, 2]])
+    route = Route.split(2, 1, 1) if is_split else Route.per_token(modalities, num_modalities=3)
+    parts = route.parts([3, 3, 3])
+    number = 1 if is_split else 2  # tokens of a sequence, or of the batch
+    assert [part.lengths for part in parts] == [
+        (2 * number, number, 0),
+        (0, 0, 3 * number),
+        (0, 0, 3 * number),
+    ]
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [

@@ -43,6 +43,17 @@ def test_equals_its_blocks_in_a_row(position, norm):
     assert torch.equal(stack(x), out)
 
 
+def test_states_and_blocks_can_be_chosen():
+    stack = make()
+    x = torch.randn(2, 11, 24)
+    _, states = stack(x, return_hidden_states=True)
+    _, some = stack(x, return_hidden_states=(0, 2))
+    torch.testing.assert_close(some, [states[0], states[2]])
+    out, first = stack(x, num_blocks=1, return_hidden_states=[1])
+    torch.testing.assert_close(first, [states[1]])
+    torch.testing.assert_close(out, stack.norm(states[1]))
+
+
 def test_deepnorm_scales_the_residual():
     assert {block.residual_scale for block in make(norm="deepnorm").blocks} == {6**0.25}
     assert make(norm="deepnorm").norm is None
