@@ -12,9 +12,11 @@ def test_public_names_are_those_of_the_readme():
         "DilatedPattern",
         "ModelInfo",
         "MultiheadDilatedAttention",
+        "RingAttention",
         "create_model",
         "dilated_attention",
         "explain_backend",
         "list_models",
         "model_info",
+        "parallelize",
     }

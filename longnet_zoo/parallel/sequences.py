@@ -1,0 +1,113 @@
+"""Which sequences processes share, found from what each of them has.
+
+Shape legend: b batch, c tokens of a part.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .exchange import SplitSequences
+from .layout import gather_rows
+
+__all__ = ["FoundSequences", "check_bounds", "check_mask", "find_sequences"]
+
+
+class FoundSequences(NamedTuple):
+    """The sequences that processes share, and the mask where padding is not only at their ends."""
+
+    sequences: SplitSequences
+    is_hidden: Tensor | None
+
+
+def find_sequences(
+    x: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    group: dist.ProcessGroup,
+) -> FoundSequences:
+    """Finds the sequences that the processes of a group share.
+
+    Args:
+        x: This process's part, (batch, c, ...).
+        key_padding_mask: True at padding, bool (batch, c), or None on all processes.
+        cu_seqlens: Boundaries of packed sequences in the whole row, int32 (num_sequences + 1,).
+        group: The processes.
+
+    Raises:
+        ValueError: If the mask or the boundaries do not fit.
+        TypeError: If one of them is of another dtype.
+    """
+    batch, length = x.shape[:2]
+    split = partial(SplitSequences, part_length=length, num_parts=group.size())
+    all_tokens = (length * group.size(),) * batch
+    if cu_seqlens is not None:
+        if key_padding_mask is not None:
+            raise ValueError(
+                "give either cu_seqlens or key_padding_mask, not both: what lies behind the last "
+                "boundary is padding."
+            )
+        bounds = check_bounds(cu_seqlens, batch, length * group.size())
+        return FoundSequences(split(bounds=bounds), None)
+    if key_padding_mask is None:
+        return FoundSequences(split(lengths=all_tokens), None)
+    check_mask(key_padding_mask, batch, length)
+    num_real = length - key_padding_mask.sum(1)
+    is_behind = torch.arange(length, device=x.device) >= num_real[:, None]
+    is_right = (key_padding_mask == is_behind).all(1)
+    mine = torch.stack([num_real, is_right])
+    all_parts = gather_rows(mine, group.group_name, group.size())
+    counts, is_right = all_parts.cpu().unflatten(0, (group.size(), 2)).unbind(1)
+    lengths = counts.sum(0)
+    starts = length * torch.arange(group.size())[:, None]
+    # Each part is as full as the whole length says.
+    is_right = is_right.bool() & (counts == (lengths - starts).clamp(0, length))
+    if bool(is_right.all()):
+        return FoundSequences(split(lengths=tuple(lengths.tolist())), None)
+    return FoundSequences(split(lengths=all_tokens), key_padding_mask)
+
+
+def check_mask(key_padding_mask: Tensor, batch: int, part_length: int) -> None:
+    """Refuses a mask that is not that of a part; raises ValueError."""
+    if key_padding_mask.dtype != torch.bool or key_padding_mask.shape != (batch, part_length):
+        raise ValueError(
+            "key_padding_mask must be bool (batch, tokens of this process) = "
+            f"{(batch, part_length)}, True at padding, got {key_padding_mask.dtype} "
+            f"{tuple(key_padding_mask.shape)}. parallel.shard_padding_mask makes it."
+        )
+
+
+def check_bounds(cu_seqlens: Tensor, batch: int, num_tokens: int) -> tuple[int, ...]:
+    """Reads the boundaries of packed sequences.
+
+    Args:
+        cu_seqlens: int32 (num_sequences + 1,).
+        batch: Rows of the batch.
+        num_tokens: Tokens of the whole row, padding at its end included.
+
+    Raises:
+        ValueError: If they do not rise from 0, or go beyond the row, or there are several rows.
+        TypeError: If they are of another dtype or shape.
+    """
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        raise TypeError(
+            "cu_seqlens must be int32 (num_sequences + 1,), with at least one sequence, got "
+            f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}."
+        )
+    if batch != 1:
+        raise ValueError(
+            f"cu_seqlens needs sequences packed in one row (batch 1), got batch={batch}. "
+            "Flatten the batch into the sequence."
+        )
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] > num_tokens or sorted(set(bounds)) != bounds:
+        raise ValueError(
+            f"cu_seqlens must rise strictly from 0 to at most {num_tokens}, the tokens of all "
+            f"parts together, got {bounds}."
+        )
+    return tuple(bounds)

@@ -1,0 +1,95 @@
+"""Cases of test_dilated.py, run by every rank."""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from longnet_zoo.parallel.dilated import parallel_dilated_attention
+from tests.ops.draws import HALF, Call
+from tests.parallel.parity import assert_parts_equal_whole
+
+BASE = Call(segment_lengths=(4, 10, 24), dilation_rates=(1, 3, 5), seq_len=24, head_dim=8)
+
+
+def attend(q, k, v, pattern, **options):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return parallel_dilated_attention(q, k, v, pattern, mesh, **options)
+
+
+def case(call: Call, **options):
+    return partial(assert_parts_equal_whole, call, attend, **options)
+
+
+def of(**fields):
+    return Call(**{**vars(BASE), **fields})
+
+
+def of_powers(**fields):
+    """Parts of 8 positions: a multiple of the segments and rates that lie in them."""
+    size = {"seq_len": 8 * dist.get_world_size()} if dist.is_initialized() else {}
+    powers = {"segment_lengths": (4, 16, 32), "dilation_rates": (1, 2, 4), "head_dim": 16}
+    return of(**powers | size | fields)
+
+
+POWERS = of_powers()
+CASES = {
+    # 24 tokens: segments of 4 end on borders of 2 and 3 processes, of 10 inside and across.
+    "plain": case(of()),
+    "causal": case(of(is_causal=True)),
+    "aligned": case(of(segment_lengths=(3, 6, 12, 24), dilation_rates=(1, 2, 4, 8))),
+    "aligned_causal": case(
+        of(segment_lengths=(3, 6, 12, 24), dilation_rates=(1, 2, 4, 8), is_causal=True)
+    ),
+    "dense": case(of(segment_lengths=(2**30,), dilation_rates=(1,))),
+    "dense_causal": case(of(segment_lengths=(2**30,), dilation_rates=(1,), is_causal=True)),
+    "prime_length": case(of(seq_len=23, is_causal=True)),
+    "prime_length_not_causal": case(of(seq_len=23)),
+    "empty_last_parts": case(of(seq_len=5, is_causal=True), extra=3),
+    "two_tokens": case(of(seq_len=2), extra=2),
+    "no_rate_1": case(of(segment_lengths=(7, 19), dilation_rates=(2, 3), is_causal=True)),
+    "block_offsets": case(of(head_offset="block", num_heads=6, num_kv_heads=6)),
+    "zero_keys": case(of(head_offset="block", padded_keys="zero", seq_len=23)),
+    "zero_keys_causal": case(of(padded_keys="zero", seq_len=23, is_causal=True)),
+    "more_rates_than_heads": case(of(segment_lengths=(5, 22), dilation_rates=(1, 11))),
+    "many_heads": case(of(num_heads=7, num_kv_heads=7, is_causal=True)),
+    "grouped_queries": case(of(num_heads=6, num_kv_heads=2, is_causal=True)),
+    "multi_query": case(of(num_heads=4, num_kv_heads=1)),
+    "batch": case(of(batch=3, is_causal=True)),
+    "right_padding": case(of(batch=3, padding="right", seq_len=23)),
+    "right_padding_causal": case(of(batch=3, padding="right", is_causal=True)),
+    "right_padding_zero_keys": case(of(batch=3, padding="right", padded_keys="zero")),
+    "left_padding": case(of(batch=2, padding="left", seq_len=23)),
+    "random_padding": case(of(batch=2, padding="random", is_causal=True)),
+    "one_row_all_padding": case(of(batch=2, padding="one_row_all")),
+    "packed": case(of(documents=(4, 1, 1, 13, 5))),
+    "packed_causal": case(of(documents=(2, 2, 2, 17, 1), is_causal=True)),
+    "packed_with_rest": case(of(seq_len=23, documents=(9, 14), is_causal=True)),
+    "xpos": case(of(xpos_scale_base=16.0, is_causal=True)),
+    "xpos_nested": case(
+        of(segment_lengths=(4, 12), dilation_rates=(1, 3), xpos_scale_base=16.0, is_causal=True)
+    ),
+    "xpos_not_causal": case(of(xpos_scale_base=16.0, seq_len=23)),
+    "alibi": case(of(bias="alibi", is_causal=True)),
+    "table": case(of(bias="table", num_heads=6, num_kv_heads=2)),
+    "table_and_padding": case(of(bias="table", batch=2, padding="random")),
+    "scale": case(of(scale=0.3)),
+    "lse_gradient": case(of(is_causal=True), with_lse_grad=True),
+    "math": case(of(is_causal=True), backend="math"),
+    # Parts as whole sequences of their own, by Triton's kernels in their interpreter.
+    "triton": case(POWERS, backend="triton"),
+    "triton_causal": case(of_powers(is_causal=True), backend="triton"),
+    "triton_alibi": case(of_powers(bias="alibi", is_causal=True), backend="triton"),
+    "triton_xpos": case(of_powers(xpos_scale_base=16.0, is_causal=True), backend="triton"),
+    "triton_padded": case(of_powers(batch=2, padding="random"), backend="triton"),
+    "triton_grouped_queries": case(
+        of_powers(num_heads=4, num_kv_heads=2, is_causal=True), backend="triton"
+    ),
+    "triton_lse_gradient": case(POWERS, backend="triton", with_lse_grad=True),
+    "triton_no_segment_is_cut": case(
+        of_powers(segment_lengths=(4, 8), dilation_rates=(1, 2)), backend="triton"
+    ),
+    "float64": case(of(), dtype=torch.float64, tolerance={"atol": 1e-10, "rtol": 1e-10}),
+    "bfloat16": case(of(is_causal=True), dtype=torch.bfloat16, tolerance=HALF),
+}

@@ -1,0 +1,121 @@
+"""Runs checks in several processes under torchrun, all checks of a file in one launch.
+
+A file of checks has a dict `CASES`: name to a function that every rank calls at the same time and
+that raises where something is wrong. `run_cases` starts the processes once per file and number of
+ranks, whatever the number of tests that ask for a result.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import filelock
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[2]
+# Of a single collective: what waits longer waits for ever.
+COLLECTIVE_TIMEOUT = timedelta(seconds=20)
+
+
+def check_case(
+    tmp_path_factory: pytest.TempPathFactory, module: str, world_size: int, case: str
+) -> None:
+    """Fails with the traceback of the first rank on which a case failed."""
+    results = run_cases(tmp_path_factory, module, world_size)
+    assert case in results, f"{case} did not run: {results.get('', 'no output')}"
+    assert results[case] is None, results[case]
+
+
+def run_cases(
+    tmp_path_factory: pytest.TempPathFactory, module: str, world_size: int
+) -> dict[str, str | None]:
+    """Runs all cases of a module on some ranks; returns a traceback or None for each.
+
+    What the processes printed, if they did not end well, is under the name "".
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = folder.parent  # that of all workers of this test run
+    output = folder / f"{module}-{world_size}.json"
+    with filelock.FileLock(output.with_suffix(".lock")):
+        if not output.exists():
+            done = torchrun(["-m", __name__, module, str(output)], world_size=world_size)
+            results = json.loads(output.read_text()) if output.exists() else {}
+            if done.returncode:
+                results[""] = f"exit status {done.returncode}\n{done.stdout}"
+            output.write_text(json.dumps(results))
+        return json.loads(output.read_text())
+
+
+def torchrun(
+    args: Sequence[str],
+    *,
+    world_size: int,
+    timeout_s: float = 100,
+    options: Sequence[str] = (),
+    env: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a programme under torchrun on a free port; ends all its processes when time is up."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={world_size}", *options, *args]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **_interpreted(), **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        text, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        text, _ = process.communicate()
+        return subprocess.CompletedProcess(command, -signal.SIGKILL, f"timed out\n{text}", "")
+    return subprocess.CompletedProcess(command, process.returncode, text, "")
+
+
+def _interpreted() -> dict[str, str]:
+    """Lets Triton's kernels run where there is no GPU."""
+    return {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+
+
+def main(module: str, output: str) -> None:
+    """Runs the cases on this rank; rank 0 writes the results after each."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+    results: dict[str, str | None] = {}
+    for name, case in importlib.import_module(module).CASES.items():
+        torch.manual_seed(0)
+        error = None
+        try:
+            case()
+        except (Exception, pytest.fail.Exception):
+            error = f"rank {dist.get_rank()}\n{traceback.format_exc()}"
+            # A rank that failed between two collectives leaves the others waiting, and what follows
+            # fails, too: this is the error to look at.
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+        errors: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        results[name] = next((text for text in errors if text is not None), None)
+        if dist.get_rank() == 0:
+            Path(output).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
