@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -177,33 +178,42 @@ def _problem(
         seed=0 if options.seed is None else int(options.seed) + part,
         exchange=Exchange(plan, group),
     )
-    return replace(problem, own=_own_problem(problem, options, call, q.shape[2], k.shape[2]))
+    return replace(
+        problem, own=_own_problem(problem, sequences, options, call, q.shape[2], k.shape[2])
+    )
 
 
 def _own_problem(
-    problem: SharedSoftmax, options: Options, call: Call, num_heads: int, num_kv_heads: int
+    problem: SharedSoftmax,
+    sequences: SplitSequences,
+    options: Options,
+    call: Call,
+    num_heads: int,
+    num_kv_heads: int,
 ) -> JointSoftmax | None:
     """The part as whole sequences, if they have the same blocks and a solver of their own."""
     groups = [replace(group, start=0, whole_length=None) for group in problem.groups]
     kernel = choose_kernel(options.backend, call)
     solver = options.solver(kernel, call, groups, has_own_keys=num_heads == num_kv_heads)
-    parts_are_whole = all(
-        is_as_whole(
-            options.pattern,
-            group,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            is_causal=options.is_causal,
-        )
-        for group in problem.groups
+    if solver is JointSoftmax:
+        return None
+    is_whole = partial(
+        is_as_whole,
+        options.pattern,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        is_causal=options.is_causal,
     )
-    if solver is JointSoftmax or not parts_are_whole:
-        if options.backend == triton.NAME:
-            raise NotImplementedError(
-                "backend='triton' attends to parts that begin and end with the segments that lie "
-                f"in them, got parts of {problem.groups} for {options.pattern}. Use "
-                "backend='auto', or parts of a multiple of the shorter segments."
-            )
+    if options.backend == triton.NAME:
+        # Looked up for all parts, since all processes must come to the same end.
+        for part in range(sequences.num_parts):
+            if not all(map(is_whole, sequences.groups(part))):
+                raise NotImplementedError(
+                    "backend='triton' attends to parts that begin with the segments that lie in "
+                    f"them, got parts of {sequences.part_length} tokens for {options.pattern}. "
+                    "Use backend='auto', or parts of a multiple of the shorter segments."
+                )
+    elif not all(map(is_whole, problem.groups)):
         return None
     names = [field.name for field in fields(JointSoftmax)]
     own = {name: getattr(problem, name) for name in names}
