@@ -29,12 +29,11 @@ from .collectives import group_named
 from .exchange import (
     Exchange,
     Region,
-    SplitSequences,
     is_as_whole,
     plan_exchange,
     regions_of,
 )
-from .sequences import FoundSequences, find_sequences
+from .sequences import FoundSequences, SplitSequences, find_sequences
 from .shared_softmax import SharedSoftmax
 
 __all__ = ["parallel_dilated_attention"]
@@ -117,7 +116,7 @@ def parallel_dilated_attention(
         backend=backend,
         return_lse=return_lse,
         seed=torch.randint(2**62, (), dtype=torch.int64) if dropout_p else None,
-        seq_len=sequences.num_tokens,
+        seq_len=sequences.longest,
     )
     if is_hidden is not None and pattern.padded_keys == "zero":
         raise ValueError(

@@ -11,9 +11,8 @@ Shape legend: b batch, c part_length, h key heads, d head_dim, m rows that trave
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -24,84 +23,15 @@ from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.ops.schedule import Block, blocks_of
 from longnet_zoo.ops.sequences import SequenceGroup
 
+from .sequences import SplitSequences
+
 __all__ = [
     "Exchange",
     "ExchangePlan",
     "Region",
-    "SplitSequences",
     "exchanged_rows",
     "plan_exchange",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitSequences:
-    """Sequences of which each process has a part.
-
-    Attributes:
-        part_length: Tokens of each row of the batch that a process has.
-        num_parts: Number of processes.
-        lengths: Tokens of the sequence in each row of the batch, at most part_length * num_parts.
-        bounds: Boundaries of the sequences packed in the only row, from 0, instead of `lengths`.
-    """
-
-    part_length: int
-    num_parts: int
-    lengths: tuple[int, ...] = ()
-    bounds: tuple[int, ...] = ()
-
-    def groups(self, part: int) -> list[SequenceGroup]:
-        """Lists what a process has of the sequences."""
-        begin = part * self.part_length
-        groups = []
-        if self.bounds:
-            for start, stop in zip(self.bounds, self.bounds[1:], strict=False):
-                first, end = max(start, begin), min(stop, begin + self.part_length)
-                if first < end:
-                    one = SequenceGroup(
-                        is_packed=True,
-                        first=first - begin,
-                        count=1,
-                        length=end - first,
-                        start=first - start,
-                        whole_length=stop - start,
-                    )
-                    groups.append(one)
-            return _joined(groups)
-        row = 0
-        for seq_len, equals in groupby(self.lengths):
-            count = len(list(equals))
-            length = min(seq_len - begin, self.part_length)
-            if length > 0:
-                one = SequenceGroup(
-                    is_packed=False,
-                    first=row,
-                    count=count,
-                    length=length,
-                    start=begin,
-                    whole_length=seq_len,
-                )
-                groups.append(one)
-            row += count
-        return groups
-
-    @property
-    def num_tokens(self) -> int:
-        """Positions of a row, padding included."""
-        return self.part_length * self.num_parts
-
-
-def _joined(groups: list[SequenceGroup]) -> list[SequenceGroup]:
-    """Joins whole packed sequences of equal length that follow each other."""
-    joined: list[SequenceGroup] = []
-    for group in groups:
-        last = joined[-1] if joined else None
-        is_whole = group.length == group.seq_len
-        if last is not None and is_whole and replace(last, first=group.first, count=1) == group:
-            joined[-1] = replace(last, count=last.count + 1)
-        else:
-            joined.append(group)
-    return joined
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,10 @@ def parallelize(
             f"model must have a stack of blocks, got {type(model).__name__}. For others use "
             "parallelize_module with ParallelAttention."
         )
+    if "forward" in vars(model.stack):
+        raise ValueError(
+            f"a model is spread once, got a {type(model).__name__} that is. Make a new one."
+        )
     if loss_mesh is not None and inputs == "full":
         raise ValueError(
             "loss_mesh is for inputs='sharded': with inputs='full' every process has all tokens."

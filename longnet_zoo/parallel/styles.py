@@ -132,6 +132,10 @@ class ParallelStack(ParallelAttention):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         super()._apply(module, device_mesh)
+        for block in module.modules():
+            drop_path = getattr(block, "drop_path", None)
+            if isinstance(drop_path, nn.Module) and not isinstance(drop_path, nn.Identity):
+                block.drop_path = SharedDraw(drop_path, device_mesh.get_group())
         forward = self._full if self.inputs == "full" else self._sharded
         module.forward = partial(forward, module, module.forward, device_mesh)
         return module
@@ -216,6 +220,27 @@ class ParallelStack(ParallelAttention):
             )
         sizes = [part_length(seq_len, mesh.size())] * mesh.size()
         return replace(route.parts(sizes)[mesh.get_local_rank()], is_part=True)
+
+
+class SharedDraw(nn.Module):
+    """Gives all processes what the first one draws: all parts of a sample skip a block, or none.
+
+    Args:
+        draw: Makes random numbers of the size of its input.
+        group: The processes.
+    """
+
+    def __init__(self, draw: nn.Module, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.draw = draw
+        self._group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Draws and shares; there is nothing to share in evaluation."""
+        drawn = self.draw(x)
+        if self.training:
+            dist.broadcast(drawn, group=self._group, group_src=0)
+        return drawn
 
 
 class ParallelTextLoss(ParallelStyle):

@@ -166,6 +166,8 @@ def refusals():
         with pytest.raises(ValueError, match=message):
             parallelize(model, mesh, **options)
         assert vars(model) == before
+    with pytest.raises(ValueError, match="a model is spread once, got a LongNetLM"):
+        parallelize(parallelize(text_model(), mesh), mesh)
     with pytest.raises(ValueError, match=r"mesh must have one dimension.*mesh\['sequence'\]"):
         parallelize(text_model(), cube)
     with pytest.raises(ValueError, match="got Linear without any"):
@@ -226,6 +228,24 @@ def intermediate_states():
     torch.testing.assert_close(model.get_intermediate_layers(images, 1)[0], expected, **TOLERANCE)
 
 
+def parts_of_a_sample_skip_blocks_together():
+    model = text_model(drop_path=0.5).train()
+    tokens = torch.zeros(8, 3 * dist.get_world_size(), dtype=torch.int64)
+    parallelize(model, mesh_of(), inputs="sharded", average_gradients=False)
+    torch.manual_seed(dist.get_rank())  # every rank draws something else
+    seen = []
+    for block in model.stack.blocks:
+        block.drop_path.register_forward_hook(lambda *args: seen.append(args[2]))
+    model(shard_sequence(tokens, mesh_of()))
+    mine = torch.stack(seen)
+    assert mine.unique().tolist() == [0.0, 2.0]
+    shared = mine.clone()
+    dist.broadcast(shared, src=0)
+    assert torch.equal(mine, shared)
+    model.eval()(shard_sequence(tokens, mesh_of()))
+    assert torch.stack(seen[len(mine) :]).eq(1).all()
+
+
 def attention_is_kept():
     """With `keep_attention` nothing travels again in the backward pass but gradients."""
     counts = {}
@@ -276,6 +296,7 @@ CASES = {
     "bad_masks_and_bounds": bad_masks_and_bounds,
     "one_style_for_each_attention": one_style_for_each_attention,
     "intermediate_states": intermediate_states,
+    "parts_of_a_sample_skip_blocks_together": parts_of_a_sample_skip_blocks_together,
     "attention_is_kept": attention_is_kept,
     **{f"whole_{name}": partial(whole_inputs, name) for name in MODELS},
     "whole_memory_saving": partial(whole_inputs, "decoder_loss", saving=MemorySaving(chunk_size=5)),

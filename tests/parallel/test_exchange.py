@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.ops.schedule import blocks_of, view_rows
 from longnet_zoo.parallel.exchange import (
-    SplitSequences,
     exchanged_rows,
     plan_exchange,
     region_views,
 )
+from longnet_zoo.parallel.sequences import SplitSequences
 from tests.ops.draws import patterns
 
 

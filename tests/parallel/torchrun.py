@@ -81,9 +81,14 @@ def torchrun(
     try:
         text, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        text, _ = process.communicate()
-        return subprocess.CompletedProcess(command, -signal.SIGKILL, f"timed out\n{text}", "")
+        # Its workers have sessions of their own: torchrun itself must end them.
+        process.send_signal(signal.SIGTERM)
+        try:
+            text, _ = process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            text, _ = process.communicate()
+        return subprocess.CompletedProcess(command, -signal.SIGTERM, f"timed out\n{text}", "")
     return subprocess.CompletedProcess(command, process.returncode, text, "")
 
 
