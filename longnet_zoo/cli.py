@@ -1,4 +1,4 @@
-"""The command `longnet-zoo`: list and describe models, draw attention patterns, measure speed.
+"""The command `longnet-zoo`: describe models, draw patterns, measure speed, plan long runs.
 
 rich and matplotlib are imported inside the functions that need them.
 """
@@ -17,6 +17,7 @@ from longnet_zoo.bench import ComparisonConfig, run_bench
 from longnet_zoo.factory import ModelInfo, list_models, model_info
 from longnet_zoo.ops.kernels import BACKENDS
 from longnet_zoo.ops.pattern import DilatedPattern
+from longnet_zoo.planner import add_plan_command
 from longnet_zoo.plot import DOTS_PER_INCH, plot_pattern
 from longnet_zoo.registry import PublishedWeights, find_model, nearest_names
 
@@ -82,6 +83,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
     _add_plot_command(commands)
     _add_bench_command(commands)
+    add_plan_command(commands)
     return parser
 
 

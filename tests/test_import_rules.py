@@ -22,7 +22,7 @@ ALLOWED = {
     "weights": {"ops", "models", "registry"},
     "factory": {"ops", "models", "weights", "parallel", "registry"},
     "timm_registry": {"layers", "models", "weights", "factory", "registry"},
-    "planner": {"ops", "models", "factory", "registry"},
+    "planner": {"ops", "layers", "parallel", "models", "factory", "bench", "registry"},
     "interop": {"ops", "layers", "models", "weights", "factory", "registry"},
     "plot": {"ops"},
     "bench": {"ops"},

@@ -111,10 +111,11 @@ def _draw_lines(
 
 
 def _label_powers(axes: Axes, values: Sequence[float]) -> None:
-    """Labels a logarithmic axis at 1, 2 and 5 times the powers of ten, in plain numbers."""
+    """Labels a logarithmic axis at the powers of ten, also 2 and 5 times, in plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    is_wide = max(values) > 10_000 * min(values)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if is_wide else (1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(min(values) / 1.5, max(values) * 1.5)

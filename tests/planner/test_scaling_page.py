@@ -1,0 +1,60 @@
+"""The commands of docs/scaling.md give its figures, and its programme runs."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from longnet_zoo.cli import main
+from tests.parallel.torchrun import ROOT, torchrun
+
+PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^longnet-zoo (plan .*)$", PAGE, flags=re.MULTILINE)
+
+
+def row_of(plan):
+    """The line of the page's table for a plan."""
+    dilated, config = plan["methods"][0], plan["config"]
+    memory = sum(dilated["memory"].values()) / 2**30
+    time = dilated["time"]["compute_s"] + dilated["time"]["exposed_s"]
+    cells = [
+        f"{config['seq_len']:,}",
+        f"{config['gpus']}{', offload' if config['memory_saving']['offload'] else ''}",
+        f"{memory:.1f} GiB{'' if dilated['fits'] else ', too much'}",
+        f"{dilated['forward_bytes'] / 2**20:.1f} MiB",
+        f"{dilated['flops']:.2g}",
+        f"{time:.2g} s",
+        f"{float(format(dilated['longest_seq_len'], '.2g')):,.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_figures_are_those_of_the_commands(command, capsys):
+    main([*shlex.split(command), "--json"])
+    assert row_of(json.loads(capsys.readouterr().out)) in PAGE
+
+
+def test_there_are_as_many_rows_as_commands():
+    assert len(COMMANDS) == len(re.findall(r"^\| [\d,]+ \|", PAGE, flags=re.MULTILINE)) == 6
+
+
+def test_linked_files_exist():
+    named = re.findall(r"\]\(([^)#:]+)\)", PAGE)
+    named = [f"docs/{name}" for name in named] + re.findall(r"`(configs/[^`]+)`", PAGE)
+    assert len(named) >= 5
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+@pytest.mark.distributed
+def test_programme_runs_on_two_ranks(tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    path = Path(tmp_path) / "train.py"
+    path.write_text(block)
+    done = torchrun([str(path)], world_size=2, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout
+    losses = [float(x) for x in re.findall(r"^\d+\.\d+$", done.stdout, flags=re.MULTILINE)]
+    assert len(losses) == 3
+    assert losses[2] < losses[0]
