@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longnet_zoo.registry import find_model, registered_models
+from recipes.sharded_checkpoints import is_sharded, read_folder
 
 __all__ = [
     "check_checkpoint",
@@ -37,21 +38,27 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Opens a Lightning checkpoint without reading its tensors into memory.
 
     Args:
-        path: A local file.
+        path: A local file, or the folder of a sharded checkpoint.
 
     Returns:
-        The checkpoint; its tensors stay in the file until they are used.
+        The checkpoint; its tensors stay in the file until they are used. Of a folder they have
+        shape and dtype only.
 
     Raises:
         ValueError: There is no such file, it is damaged, or it is no Lightning checkpoint.
     """
-    if not Path(path).is_file():
+    is_folder = is_sharded(path)
+    if not (Path(path).is_file() or is_folder):
         raise ValueError(
-            f"the checkpoint must be an existing file, got ckpt_path={str(path)!r}. Look into "
-            f"{_absolute_parent(path)}, or pass ckpt_path=last for the newest of this run."
+            "the checkpoint must be an existing file, or the complete folder of a sharded one, got "
+            f"ckpt_path={str(path)!r}. Look into {_absolute_parent(path)}, or pass ckpt_path=last "
+            "for the newest of this run."
         )
     try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if is_folder:
+            checkpoint = read_folder(path, with_tensors=False)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     # Damage shows itself as RuntimeError, UnpicklingError, EOFError, KeyError and more.
     except Exception as error:
         reason = str(error).strip().splitlines()

@@ -22,8 +22,9 @@ from recipes.classification_metrics import (
     class_scores,
     log_skipped,
 )
+from recipes.data_ranks import counts_samples
 from recipes.figures import confusion_figure, log_figure, pattern_figure
-from recipes.optimization import OptimizationConfig
+from recipes.optimization import OptimizationConfig, total_grad_norm
 from recipes.run_folder import update_record
 
 __all__ = [
@@ -166,8 +167,7 @@ class ClassificationTask(L.LightningModule):
         self.log("train_loss", torch.stack(self._losses).mean(), sync_dist=True)
         self._losses.clear()
         self.log("lr", max(group["lr"] for group in optimizer.param_groups))
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+        self.log("grad_norm", total_grad_norm(self.model))
 
     def on_validation_epoch_start(self) -> None:
         """Begins new sums."""
@@ -186,7 +186,8 @@ class ClassificationTask(L.LightningModule):
         self._add("test", batch)
 
     def _add(self, split: str, batch: Any) -> None:
-        self.metrics.update(self.logits(batch), self.labels(batch))
+        count = None if counts_samples(self.trainer) else 0
+        self.metrics.update(self.logits(batch)[:count], self.labels(batch)[:count])
         log_skipped(self, split, batch)
 
     def on_validation_epoch_end(self) -> None:

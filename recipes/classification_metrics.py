@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAUROC, MulticlassConfusionMatrix
 
+from recipes.data_ranks import counts_samples
+
 __all__ = ["UNLABELLED", "ClassificationMetrics", "class_scores", "confusion_scores", "log_skipped"]
 
 # The label of a sample that counts for nothing: one whose class is unknown or that was not read.
@@ -109,7 +111,7 @@ def log_skipped(task: L.LightningModule, split: str, batch: dict[str, Any]) -> N
         return
     task.log(
         f"{split}_skipped",
-        batch["num_skipped"].float(),
+        batch["num_skipped"].float() * counts_samples(task.trainer),
         on_step=False,
         on_epoch=True,
         reduce_fx="sum",

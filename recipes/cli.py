@@ -24,8 +24,10 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 import longnet_zoo
 from recipes.callbacks import LastCheckpoint
@@ -37,6 +39,7 @@ from recipes.checkpoints import (
 )
 from recipes.progress import LineProgress, StepBar
 from recipes.run_folder import CurveLogger, check_resumed_folder, make_room
+from recipes.sharded_checkpoints import FolderCheckpointIO, is_sharded
 
 __all__ = ["RecipeCLI", "run"]
 
@@ -64,6 +67,8 @@ def run(
             # Lightning's exit status is 0, and a run that was stopped would count as finished.
             raise SystemExit(128 + signal.SIGTERM) from None
         except Exception as error:
+            # Where torchrun started this process, its summary names the one that failed first.
+            get_error_handler().record_exception(error)
             _report(error)
 
 
@@ -126,8 +131,8 @@ class RecipeCLI(LightningCLI):
             )
         config["ckpt_path"] = self._find_checkpoint(config)
         path = config["ckpt_path"]
-        # Folders are sharded checkpoints, URLs are fetched by Lightning.
-        if path is not None and "://" not in path and not Path(path).is_dir():
+        # URLs are fetched by Lightning.
+        if path is not None and "://" not in path:
             self._checkpoint = read_checkpoint(path)
             self._take_model(config["model"], self._checkpoint.get("hyper_parameters", {}))
 
@@ -165,6 +170,11 @@ class RecipeCLI(LightningCLI):
             # Lightning's own has a name that `--ckpt_path last` does not find.
             callbacks = [*callbacks, LastCheckpoint()]
         kwargs["callbacks"] = callbacks
+        path = self._get(self.config, "ckpt_path")
+        if path and is_sharded(path) and not isinstance(options["strategy"], ModelParallelStrategy):
+            plugins = options["plugins"] or []
+            plugins = plugins if isinstance(plugins, list) else [plugins]
+            kwargs["plugins"] = [*plugins, FolderCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:

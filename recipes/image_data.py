@@ -11,6 +11,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 
 from .classification_metrics import UNLABELLED
+from .data_ranks import data_rank
 from .image_files import ImageFiles, Split, find_images, load_images
 from .image_loader import EvalImages, TrainImages, Transform
 
@@ -207,10 +208,11 @@ class ImageDataModule(L.LightningDataModule):
     def _loader_options(self) -> dict[str, Any]:
         trainer = self.trainer
         device = "cpu" if trainer is None else trainer.strategy.root_device.type
+        rank, world_size = data_rank(trainer)
         return {
             "on_error": self.on_error,
-            "rank": 0 if trainer is None else trainer.global_rank,
-            "world_size": 1 if trainer is None else trainer.world_size,
+            "rank": rank,
+            "world_size": world_size,
             "num_workers": self.num_workers,
             "pin_memory": device == "cuda",
         }

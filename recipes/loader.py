@@ -85,6 +85,10 @@ class EndlessLoader(abc.ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a position; warns if it belongs to another sequence."""
         saved = state_dict["order"]
+        sizes = ("batch_size", "world_size")
+        if _product(saved, sizes) == _product(self._order, sizes):
+            # Other processes take the samples of a step, but each step has the same ones.
+            saved = {**saved, **{name: self._order[name] for name in sizes if name in saved}}
         changed = [
             f"{name} {saved.get(name)!r} -> {value!r}"
             for name, value in self._order.items()
@@ -342,6 +346,10 @@ def batch_iterator(
         generator=torch.Generator(),
     )
     return iter(loader)
+
+
+def _product(numbers: dict[str, Any], names: Sequence[str]) -> int:
+    return math.prod(numbers.get(name, 1) for name in names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

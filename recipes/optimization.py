@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import torch
 from timm.optim import Muon, param_groups_layer_decay
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "layer_decay_groups",
     "learning_rate_factor",
     "muon_groups",
+    "total_grad_norm",
 ]
 
 
@@ -271,6 +273,14 @@ def layer_decay_groups(model: nn.Module, *, config: OptimizationConfig) -> list[
         layer_decay=config.layer_decay,
     )
     return [{"lr": config.lr * group.pop("lr_scale"), **group} for group in groups]
+
+
+def total_grad_norm(model: nn.Module) -> Tensor:
+    """Returns the norm of all gradients together, of all processes' shares where there are any."""
+    norm = torch.nn.utils.get_total_norm(
+        [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    )
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 class WarmupDecay(LambdaLR):

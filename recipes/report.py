@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 import longnet_zoo as lz
 from recipes.callbacks import RunClock, Throughput
@@ -71,6 +72,12 @@ class ReportCallback(RunClock):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock, and checks the positions before hours of training, not after."""
         super().on_fit_start(trainer, pl_module)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                "the report reads whole contexts on one device, got trainer.strategy="
+                f"{type(trainer.strategy).__name__}, which splits them. Leave the callback out, "
+                "and evaluate by validate or test."
+            )
         if not trainer.fast_dev_run:
             context_marks(trainer.datamodule.seq_len, **self._marks)
 

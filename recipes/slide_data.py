@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from longnet_zoo.models.slide_config import GigaPathSlideConfig
 
+from .data_ranks import data_rank
 from .slide_demo import DEMO_CLASSES, DemoSlides, Split
 from .slide_folder import load_folder, load_unlabelled
 from .slide_loader import EvalLoader, SlideSet, TrainLoader
@@ -156,11 +157,12 @@ class SlideDataModule(L.LightningDataModule):
     def _loader_options(self) -> dict[str, Any]:
         trainer = self.trainer
         device = "cpu" if trainer is None else trainer.strategy.root_device.type
+        rank, world_size = data_rank(trainer)
         return {
             "batch_size": self.batch_size,
             "on_error": self.on_error,
-            "rank": 0 if trainer is None else trainer.global_rank,
-            "world_size": 1 if trainer is None else trainer.world_size,
+            "rank": rank,
+            "world_size": world_size,
             "num_workers": self.num_workers,
             "pin_memory": device == "cuda",
         }

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from .data_ranks import data_rank
 from .text_corpus import Corpus, CorpusSummary, Split
 from .text_loader import EvalLoader, TrainLoader
 from .text_packing import Objective, PackedDocuments, collate, window_size
@@ -256,15 +257,9 @@ class TextDataModule(L.LightningDataModule):
     def _read(self, splits: list[Split]) -> None:
         self._packed |= self._reader.read(splits, seq_len=self.seq_len, objective=self.objective)
 
-    def _ranks(self) -> tuple[int, int]:
-        """Returns which share of the data this process takes, and of how many."""
-        # Not the global rank: processes that share a model's parts take the same data.
-        options = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
-        return options.get("rank", 0), options.get("num_replicas", 1)
-
     def _loader_options(self) -> dict[str, Any]:
         """Returns what all loaders take."""
-        rank, world_size = self._ranks()
+        rank, world_size = data_rank(self.trainer)
         return {
             "collate": functools.partial(
                 collate,

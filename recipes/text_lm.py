@@ -16,18 +16,21 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 import longnet_zoo as lz
 from longnet_zoo.layers import MemorySaving
+from longnet_zoo.parallel import Layout
 from recipes.callbacks import ExactResumption, Throughput
 from recipes.checkpoints import check_checkpoint
 from recipes.cli import run
 from recipes.context_warmup import ContextWarmup
 from recipes.metrics import BitsPerByte
-from recipes.optimization import OptimizationConfig
+from recipes.optimization import OptimizationConfig, total_grad_norm
 from recipes.sampling import SamplingConfig, complete, printable
 from recipes.text_data import TextDataModule
 from recipes.text_packing import IGNORE_INDEX, Objective
+from recipes.text_parts import shard_batch
 from recipes.tokenizers import Tokenizer
 
 __all__ = ["TextLM", "main"]
@@ -141,9 +144,33 @@ class TextLM(L.LightningModule):
         self.tokenizer = tokenizer
         self.token_bytes = tokenizer.token_bytes.to(self.device)
 
+    def shard_batch(
+        self, batch: dict[str, Any], mesh: DeviceMesh, *, layout: Layout
+    ) -> dict[str, Any]:
+        """Returns this process' part of a batch, for `SequenceParallelStrategy`.
+
+        Args:
+            batch: Batch of whole sequences, the same on all processes of the mesh; or a part, which
+                stays as it is.
+            mesh: The processes that share it.
+            layout: Which tokens a process takes.
+
+        Raises:
+            ValueError: The context warm-up cannot cut parts.
+        """
+        warmup = self.context_warmup if self.trainer.training else None
+        if warmup is not None and batch.get("is_part"):
+            raise ValueError(
+                "context_warmup cuts whole sequences, got it with data of which a process reads "
+                "its part only. Leave context_warmup out, or use recipes.text_data."
+            )
+        if warmup is not None:
+            batch = warmup.cut(batch, self.global_step)
+        return shard_batch(batch, mesh, layout=layout)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the mean loss of a batch, which the context warm-up shortens."""
-        if self.context_warmup is not None:
+        if self.context_warmup is not None and not batch.get("is_part"):
             # In place, so that the throughput counts the tokens that were read. The hook made for
             # this, `on_after_batch_transfer`, makes Lightning warn wherever there is a data module.
             batch.update(self.context_warmup.cut(batch, self.global_step))
@@ -155,12 +182,13 @@ class TextLM(L.LightningModule):
         """Logs the step, which may have accumulated several batches."""
         losses, tokens, num_bytes = (torch.stack(x) for x in zip(*self._batches, strict=True))
         self._batches.clear()
-        bits = (losses * tokens).sum() / math.log(2) / num_bytes.sum().clamp(min=1)
+        sums = torch.stack([(losses * tokens).sum(), num_bytes.sum().float()])
+        if self.trainer.world_size > 1:
+            sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         self.log("train_loss", losses.mean(), sync_dist=True)
-        self.log("train_bits_per_byte", bits, sync_dist=True)
+        self.log("train_bits_per_byte", sums[0] / math.log(2) / sums[1].clamp(min=1))
         self.log("lr", max(group["lr"] for group in optimizer.param_groups))
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+        self.log("grad_norm", total_grad_norm(self.model))
 
     def on_validation_epoch_start(self) -> None:
         """Begins a new sum."""
@@ -173,8 +201,10 @@ class TextLM(L.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Adds the loss of a batch."""
         tokens, num_bytes = self._count(batch["labels"])
+        # Of a part, the loss is already that of all processes, which add up at the end.
+        share = self.trainer.world_size if batch.get("is_part") else 1
         self.held_out.update(
-            nats=float(self._loss(batch, reduction="sum")),
+            nats=float(self._loss(batch, reduction="sum")) / share,
             num_tokens=int(tokens),
             num_bytes=int(num_bytes),
         )
@@ -247,6 +277,7 @@ class TextLM(L.LightningModule):
             batch["labels"],
             ignore_index=IGNORE_INDEX,
             reduction=reduction,
+            key_padding_mask=batch.get("key_padding_mask"),
             cu_seqlens=batch.get("cu_seqlens"),
         )
 

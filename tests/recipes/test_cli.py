@@ -157,7 +157,9 @@ def test_damaged_checkpoint_is_one_clear_error(corpus, trained, tmp_path, capsys
 
 def test_missing_checkpoint_is_one_clear_error(corpus, tmp_path, capsys):
     args = ["fit", *arguments(corpus, tmp_path), f"--ckpt_path={tmp_path / 'no.ckpt'}"]
-    assert "must be an existing file, got ckpt_path=" in error_of(capsys, args)
+    assert "must be an existing file, or the complete folder of a sharded one, got " in error_of(
+        capsys, args
+    )
 
 
 def test_other_files_of_torch_are_no_checkpoints(corpus, tmp_path, capsys):

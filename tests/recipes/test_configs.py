@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 import yaml
 
 import longnet_zoo as lz
+from recipes.sequence_parallel import SequenceParallelStrategy
+from recipes.token_file_writer import write_token_files
 from tests.recipes.text_runs import model_options, write_corpus
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs" / "text").rglob("*.yaml"))
-RECIPES = ("recipes.text_lm", "recipes.text_mlm")
+RECIPES = ("recipes.text_lm", "recipes.text_mlm", "recipes.token_file")
 
 
 def recipe_of(config):
@@ -59,6 +62,9 @@ def test_there_are_the_configs_that_the_readme_names():
         "longnet_base_stack.yaml",
         "mlm_quickstart.yaml",
         "mlm_base.yaml",
+        "sequence_parallel_cpu.yaml",
+        "sequence_parallel_node.yaml",
+        "sequence_parallel_nodes.yaml",
     }
 
 
@@ -85,8 +91,13 @@ def test_config_parses_as_it_is(config, capsys):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_config_runs_at_tiny_size(config, tmp_path):
     written = yaml.safe_load(config.read_text())["data"]
-    options, data = model_options(), {"seq_len": 64, "source": write_corpus(tmp_path / "corpus")}
-    data |= {"val_fraction": 0.2, "test_fraction": 0.1}
+    options, data = model_options(), {"seq_len": 64}
+    corpus = {"source": str(write_corpus(tmp_path / "corpus")), "val_fraction": 0.2}
+    if "train" in written:
+        write_token_files(folder=str(tmp_path), **corpus)
+        data |= {split: tmp_path / f"{split}.npy" for split in ("train", "val")}
+    else:
+        data |= {**corpus, "test_fraction": 0.1}
     if written.get("streaming"):
         column = written.get("column", "text")
         data["source"] = write_table(tmp_path / "table.jsonl", column)
@@ -96,6 +107,7 @@ def test_config_runs_at_tiny_size(config, tmp_path):
     changes = [f"--data.{name}={value}" for name, value in data.items()]
     changes += [f"--model.model_options.{name}={value}" for name, value in options.items()]
     trainer = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true"}
+    trainer["num_nodes"] = 1
     changes += [f"--trainer.{name}={value}" for name, value in trainer.items()]
     changes += ["--trainer.fast_dev_run=true", f"--trainer.default_root_dir={tmp_path / 'run'}"]
     recipe = recipe_of(config)
@@ -128,6 +140,28 @@ def test_base_config_is_the_papers_table():
     assert built.segment_lengths == (2048, 4096, 8192, 16384, 32768)
     assert built.dilation_rates == (1, 2, 4, 6, 12)
     assert built.dropout == 0.0
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_processes_of_a_config_fill_its_grid(config):
+    written = yaml.safe_load(config.read_text())
+    trainer, strategy = written["trainer"], written["trainer"].get("strategy")
+    if isinstance(strategy, dict):
+        options = strategy["init_args"]
+        world_size = trainer["devices"] * trainer.get("num_nodes", 1)
+        assert SequenceParallelStrategy(**options | {"timeout": None})._grid_shape(world_size)
+        assert written["data"]["seq_len"] % options["sequence_parallel_size"] == 0
+
+
+def test_the_submission_file_runs_a_config_with_restarts():
+    text = (ROOT / "configs/cluster/sequence_parallel.sbatch").read_text()
+    (config,) = re.findall(r"^    --config (\S+)", text, re.M)
+    trainer = yaml.safe_load((ROOT / config).read_text())["trainer"]
+    assert f"#SBATCH --nodes={trainer['num_nodes']}\n" in text
+    assert f"--nproc-per-node {trainer['devices']} " in text
+    assert "--ckpt_path last" in text
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in text
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 
 
 def _options(written):

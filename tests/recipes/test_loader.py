@@ -97,3 +97,12 @@ def test_an_epoch_must_fill_a_step():
     )
     with pytest.raises(ValueError, match=message):
         seeded(batch_size=4, world_size=3)
+
+
+def test_other_processes_with_the_same_steps_go_on_without_a_warning():
+    saved = seeded(batch_size=1, world_size=2).state_dict() | {"position": 3}
+    loader = seeded(batch_size=2, world_size=1)
+    loader.load_state_dict(saved)
+    assert next(iter(loader)) == take(seeded(batch_size=2, world_size=1), 4)[3]
+    with pytest.warns(UserWarning, match="world_size 2 -> 1"):
+        seeded(batch_size=1, world_size=1).load_state_dict(saved)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from recipes.checkpoints import last_checkpoint
 from recipes.context import ContextCurve, ContextFigures, measure_context
 from recipes.report import ReportCallback, report_html
 from recipes.report_figure import draw_report
+from recipes.sequence_parallel import SequenceParallelStrategy
 from recipes.text_data import TextDataModule
 from recipes.text_lm import TextLM, main
 from recipes.text_mlm import main as main_mlm
@@ -104,6 +106,14 @@ def test_marks_outside_the_context_are_refused(corpus, name):
 def test_no_window_at_all_is_refused():
     with pytest.raises(ValueError, match="max_windows must be None or 1 or more, got 0"):
         ReportCallback(max_windows=0)
+
+
+def test_processes_that_share_a_sequence_are_refused_before_training(corpus):
+    task, data = make_task(corpus)
+    strategy = SequenceParallelStrategy(sequence_parallel_size=1)
+    trainer = SimpleNamespace(strategy=strategy, fast_dev_run=False, datamodule=data)
+    with pytest.raises(ValueError, match=r"got trainer\.strategy=SequenceParallelStrategy, which"):
+        ReportCallback().on_fit_start(trainer, task)
 
 
 def test_ranges_of_positions_grow_and_leave_nothing_out():
