@@ -1,12 +1,14 @@
 """Every Python block of the README runs as it stands, in order, as a reader would type it."""
 
 import re
+import socket
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from longnet_zoo.factory import create_model
 from longnet_zoo.weights import to_published_state_dict
@@ -34,14 +36,25 @@ def write_slides(folder):
     return model.eval()
 
 
+def as_one_process_of_torchrun(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    values = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+
+
 @pytest.mark.slow
 def test_python_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = write_slides(tmp_path)
     torch.set_num_threads(2)
+    as_one_process_of_torchrun(monkeypatch)
     namespace: dict[str, object] = {"__name__": "readme"}
     for number, block in enumerate(BLOCKS, start=1):
         exec(compile(block, f"README.md, block {number}", "exec"), namespace)
+    dist.destroy_process_group()
     slides = torch.load("slides.pt", weights_only=True)
     assert list(slides) == ["slide_0", "slide_1"]
     with h5py.File("tiles/slide_1.h5") as file, torch.inference_mode():
