@@ -40,7 +40,7 @@ def assert_parts_equal_whole(
     num_padding = extra + -(call.seq_len + extra) % dist.get_world_size()
     mask = call.key_padding_mask()
     if num_padding and mask is None and not call.documents:
-        mask = torch.zeros(call.batch, call.seq_len, dtype=torch.bool)
+        mask = torch.zeros(call.batch, call.seq_len, dtype=torch.bool, device=call.device)
     out, lse = attend(
         *(_part(inputs[name], num_padding) for name in "qkv"),
         call.pattern,
