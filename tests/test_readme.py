@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from longnet_zoo.factory import create_model
 from longnet_zoo.weights import to_published_state_dict
+from tests.parallel.torchrun import torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,6 +61,23 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     with h5py.File("tiles/slide_1.h5") as file, torch.inference_mode():
         tiles, coords = (torch.from_numpy(file[name][:])[None] for name in ("features", "coords"))
         torch.testing.assert_close(slides["slide_1"], model(tiles, coords)[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.distributed
+def test_the_programme_for_many_devices_prints_what_one_process_finds(tmp_path):
+    (block,) = (block for block in BLOCKS if "WORLD_SIZE" in block)
+    path = tmp_path / "a file.py"
+    path.write_text(block)
+    done = torchrun([str(path)], world_size=2, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout
+    (line,) = (x for x in done.stdout.splitlines() if re.fullmatch(r"[\d.]+ [\d.]+", x))
+    torch.manual_seed(0)
+    model = create_model("longnet_lm_tiny")
+    tokens = torch.randint(0, 256, (1, 10_001))
+    loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    expected = loss.item(), model.embedding.weight.grad.norm().item()
+    assert tuple(map(float, line.split())) == pytest.approx(expected, rel=1e-4)
 
 
 def test_linked_files_exist():

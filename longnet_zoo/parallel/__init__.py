@@ -13,7 +13,7 @@ from .layout import (
 )
 from .parallelize import parallelize
 from .ring import ring_attention
-from .ring_attention import RingAttention, ring_mesh
+from .ring_layer import RingAttention, ring_mesh
 from .styles import ParallelAttention, ParallelStack, ParallelTextLoss
 from .tree import tree_attention
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
 
-from longnet_zoo.ops.dilated_attention import DistanceBias, dilated_attention
+from longnet_zoo.ops.dilated_attention import DistanceBias, checked_options
 from longnet_zoo.ops.pattern import DilatedPattern
 
 from .collectives import swap_rows
@@ -70,26 +70,31 @@ def all_to_all_attention(
         sizes, dim=2
     )
     first = group.rank() * sizes[0]
-    num_tokens = q.shape[1]
+    num_tokens, rest = q.shape[1], 0
+    mask = _whole_mask(key_padding_mask, q, group)
     if cu_seqlens is not None:
         # What lies behind the last sequence is padding.
-        num_tokens = check_bounds(cu_seqlens, q.shape[0], num_tokens)[-1]
-    out, lse = dilated_attention(
-        q[:, :num_tokens],
-        k[:, :num_tokens],
-        v[:, :num_tokens],
+        last = check_bounds(cu_seqlens, q.shape[0], num_tokens)[-1]
+        num_tokens, rest = last, num_tokens - last
+    q, k, v = (x[:, :num_tokens].contiguous() for x in (q, k, v))
+    options = checked_options(
+        q,
+        k,
+        v,
         replace(pattern, first_head=first, total_heads=num_heads),
         is_causal=is_causal,
         scale=scale,
         bias=None if bias is None else lambda distances: bias(distances)[first : first + sizes[0]],
         xpos_scale_base=xpos_scale_base,
-        key_padding_mask=_whole_mask(key_padding_mask, q, group),
+        key_padding_mask=mask,
         cu_seqlens=cu_seqlens,
         dropout_p=dropout_p,
         backend=backend,
-        return_lse=True,
+        return_lse=return_lse,
+        # Processes whose generators are alike draw for other heads.
+        seed=torch.randint(2**62, ()) + group.rank() if dropout_p else None,
     )
-    rest = q.shape[1] - num_tokens
+    out, lse = torch.ops.longnet_zoo.dilated_attention(q, k, v, *options)
     out = _part(pad(out, (0, 0, 0, 0, 0, rest)), group)
     if not return_lse:
         return out

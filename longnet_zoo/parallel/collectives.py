@@ -1,8 +1,4 @@
-"""Collectives whose backward pass is their exact adjoint.
-
-Every process computes the same loss from what all of them have, so the gradient of a parameter is
-the mean over the processes of what each of them finds.
-"""
+"""Collectives whose backward pass is their exact adjoint."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_sum", "average_gradients", "group_named", "swap_rows"]
+__all__ = ["all_reduced", "all_sum", "group_named", "swap_rows"]
 
 
 def group_named(name: str) -> dist.ProcessGroup:
@@ -30,39 +26,22 @@ def swap_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _SwapRows.apply(x, group)
 
 
-def average_gradients(parameter: Tensor, group: dist.ProcessGroup) -> None:
-    """Lets every backward pass average the gradient of a parameter over the processes.
-
-    Gradients that add up over several passes are averaged once each. Half types travel as float32.
-
-    Args:
-        parameter: A leaf that requires gradients.
-        group: The processes.
-    """
-
-    def average(grad: Tensor) -> Tensor:
-        total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True).contiguous()
-        dist.all_reduce(total, group=group)
-        return (total / group.size()).to(grad.dtype)
-
-    parameter.register_hook(average)
+def all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sums a tensor over the processes; without a gradient."""
+    # Not in place, so that a compiler can trace it.
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", group.group_name))
 
 
 class _AllSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return _all_reduce(x, group)
+        return all_reduced(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grad, ctx.group), None
-
-
-def _all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    # Not in place, so that a compiler can trace it.
-    ops = torch.ops._c10d_functional
-    return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", group.group_name))
+        return all_reduced(grad, ctx.group), None
 
 
 class _SwapRows(torch.autograd.Function):

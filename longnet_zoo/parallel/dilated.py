@@ -25,6 +25,7 @@ from longnet_zoo.ops.joint_softmax import JointSoftmax
 from longnet_zoo.ops.kernels import Call, choose_kernel, triton
 from longnet_zoo.ops.pattern import DilatedPattern
 
+from .agreement import check_alike
 from .collectives import group_named
 from .exchange import (
     Exchange,
@@ -99,6 +100,7 @@ def parallel_dilated_attention(
         )
     group = mesh.get_group()
     if found is None:
+        check_alike(q, group, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens)
         found = find_sequences(q, key_padding_mask, cu_seqlens, group)
     sequences, is_hidden = found
     options = checked_options(

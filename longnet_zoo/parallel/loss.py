@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -24,6 +26,10 @@ class ParallelCrossEntropy:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelCrossEntropy:
+        """Serves copies of a model as well: processes are not copied."""
+        return self
 
     def __call__(
         self,

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+from torch.distributed.tensor.parallel import parallelize_module
 
-from .collectives import average_gradients as average
+from .gradients import GradientAverager
 from .layout import Layout
 from .styles import Inputs, Method, ParallelStack, ParallelTextLoss
 
 __all__ = ["parallelize"]
 
-ModelT = TypeVar("ModelT", bound=nn.Module)
+ModelT = TypeVar("ModelT", bound=Any)
 
 
 def parallelize(
@@ -32,8 +32,9 @@ def parallelize(
 
     All processes hold all parameters, with equal values, unless FSDP2 shards them afterwards. Each
     computes the same loss, and gradients are averaged over the processes, as in data parallelism.
-    Over data and sequences, wrap the model in DDP or FSDP2 over both dimensions of the mesh, with
-    `average_gradients=False`.
+    Parameters that are unfrozen, replaced or added later are averaged, too. For dropout, seed the
+    processes apart once the model is made. Over data and sequences, wrap the model in DDP or FSDP2
+    over both dimensions of the mesh, with `average_gradients=False`.
 
     Args:
         model: Any model of the zoo, or another with a `stack`; it is changed in place.
@@ -63,35 +64,59 @@ def parallelize(
         >>> tokens, labels = shard_text(tokens, mesh["sequence"])
         >>> model.loss(tokens, labels).backward()
     """
+    _check(model, mesh, inputs, loss_mesh)
+    stack = ParallelStack(method, layout=layout, inputs=inputs)
+    parallelize_module(model, mesh, {"stack": stack})
+    if inputs == "sharded":
+        parallelize_module(model, _flat(loss_mesh or mesh), ParallelTextLoss())
+    if average_gradients:
+        averager = GradientAverager(model, mesh.get_group())
+        averager()
+        model.stack.register_forward_pre_hook(averager)
+    return model
+
+
+def _check(model: nn.Module, mesh: DeviceMesh, inputs: str, loss_mesh: DeviceMesh | None) -> None:
+    """Refuses what cannot be, before anything is changed."""
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            "mesh must be a DeviceMesh, as torch.distributed.device_mesh.init_device_mesh makes, "
+            f"got {type(mesh).__name__}."
+        )
     if mesh.ndim != 1:
         raise ValueError(
             f"mesh must have one dimension, got {mesh}. Name the one that shares sequences: "
             "mesh['sequence']."
         )
-    if not isinstance(getattr(model, "stack", None), nn.Module):
+    if mesh.get_coordinate() is None:
         raise ValueError(
-            f"model must have a stack of blocks, got {type(model).__name__}. For others use "
-            "parallelize_module with ParallelAttention."
+            f"a process spreads its models over processes it is one of, got {mesh} and rank "
+            f"{dist.get_rank()}."
         )
-    if "forward" in vars(model.stack):
+    stack = dict(model.named_children()).get("stack")
+    if stack is None:
+        raise ValueError(
+            f"model must have a stack of blocks, got {type(model).__name__}. Wrap a model (DDP, "
+            "torch.compile) after it is spread; for other models use parallelize_module with "
+            "ParallelAttention."
+        )
+    if "forward" in vars(stack):
         raise ValueError(
             f"a model is spread once, got a {type(model).__name__} that is. Make a new one."
         )
-    if loss_mesh is not None and inputs == "full":
+    if inputs == "sharded" and not hasattr(model, "cross_entropy_op"):
+        raise ValueError(ParallelTextLoss.refusal(model))
+    if loss_mesh is None:
+        return
+    if inputs == "full":
         raise ValueError(
             "loss_mesh is for inputs='sharded': with inputs='full' every process has all tokens."
         )
-    styles: dict[str, ParallelStyle] = {
-        "stack": ParallelStack(method, layout=layout, inputs=inputs)
-    }
-    if inputs == "sharded":
-        parallelize_module(model, _flat(loss_mesh or mesh), ParallelTextLoss())
-    parallelize_module(model, mesh, styles)
-    if average_gradients:
-        for parameter in model.parameters():
-            if parameter.requires_grad and not isinstance(parameter, DTensor):
-                average(parameter, mesh.get_group())
-    return model
+    if not set(mesh.mesh.tolist()) <= set(loss_mesh.mesh.flatten().tolist()):
+        raise ValueError(
+            f"loss_mesh must hold the processes of mesh, got {loss_mesh} and {mesh}. Pass the mesh "
+            "of data and sequence together."
+        )
 
 
 def _flat(mesh: DeviceMesh) -> DeviceMesh:

@@ -18,7 +18,14 @@ from longnet_zoo.ops.sequences import SequenceGroup
 
 from .layout import gather_rows
 
-__all__ = ["FoundSequences", "SplitSequences", "check_bounds", "check_mask", "find_sequences"]
+__all__ = [
+    "FoundSequences",
+    "SplitSequences",
+    "check_bounds",
+    "check_mask",
+    "check_whole_bounds",
+    "find_sequences",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,3 +192,15 @@ def check_bounds(cu_seqlens: Tensor, batch: int, num_tokens: int) -> tuple[int, 
             f"parts together, got {bounds}."
         )
     return tuple(bounds)
+
+
+def check_whole_bounds(
+    cu_seqlens: Tensor, batch: int, seq_len: int, key_padding_mask: Tensor | None
+) -> None:
+    """Refuses boundaries that are not those of a whole row; raises ValueError or TypeError."""
+    if key_padding_mask is not None:
+        raise ValueError(
+            "give either cu_seqlens or key_padding_mask, not both: leave padding out of the row."
+        )
+    if check_bounds(cu_seqlens, batch, seq_len)[-1] != seq_len:
+        raise ValueError(f"cu_seqlens must end at seq_len={seq_len}, got {cu_seqlens.tolist()}.")

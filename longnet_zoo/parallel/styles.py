@@ -22,8 +22,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from longnet_zoo.ops.pattern import DilatedPattern
 
+from .agreement import check_alike
 from .all_to_all import all_to_all_attention, check_num_heads
 from .dilated import parallel_dilated_attention
+from .gradients import with_mean_gradient
 from .layout import (
     Layout,
     check_layout,
@@ -35,7 +37,7 @@ from .layout import (
 )
 from .loss import ParallelCrossEntropy
 from .ring import ring_attention
-from .sequences import find_sequences
+from .sequences import check_whole_bounds, find_sequences
 
 __all__ = ["Inputs", "Method", "ParallelAttention", "ParallelStack", "ParallelTextLoss"]
 
@@ -128,7 +130,6 @@ class ParallelStack(ParallelAttention):
         if inputs not in get_args(Inputs):
             raise ValueError(f"inputs must be one of {get_args(Inputs)}, got {inputs!r}.")
         self.inputs = inputs
-        self._seen_shapes: set[torch.Size] = set()
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         super()._apply(module, device_mesh)
@@ -140,6 +141,9 @@ class ParallelStack(ParallelAttention):
         module.forward = partial(forward, module, module.forward, device_mesh)
         return module
 
+    # Masks are read here, and what a compiler makes of the pieces need not send in one order on all
+    # processes. What it calls is compiled.
+    @torch.compiler.disable(recursive=False)
     def _full(
         self,
         stack: nn.Module,
@@ -154,18 +158,22 @@ class ParallelStack(ParallelAttention):
         **options: Any,
     ) -> Any:
         """Cuts whole sequences, (b, n, e), and joins the output of all processes."""
-        batch, seq_len = x.shape[:2]
+        group, (batch, seq_len, _) = mesh.get_group(), x.shape
+        check_alike(x, group, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens)
         shard = partial(shard_sequence, mesh=mesh, layout=self.layout)
-        mask = None
-        if cu_seqlens is None:  # which say by themselves what is padding
+        if cu_seqlens is None:
             mask = shard_padding_mask(key_padding_mask, seq_len, batch, mesh, self.layout)
+        else:
+            mask = None  # boundaries say by themselves what is padding
+            check_whole_bounds(cu_seqlens, batch, seq_len, key_padding_mask)
         if positions is not None:
             positions = shard(positions, dim=0)
-        outs = self._sharded(
+        outs = self._run(
             stack,
             forward,
             mesh,
-            shard(x),
+            # What comes before is the same on all processes, and so must its gradient be.
+            shard(with_mean_gradient(x, group)),
             positions=positions,
             key_padding_mask=mask,
             cu_seqlens=cu_seqlens,
@@ -185,33 +193,42 @@ class ParallelStack(ParallelAttention):
         mesh: DeviceMesh,
         x: Tensor,
         *,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """Runs the stack on a part, (b, c, e)."""
+        masks = {"key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens}
+        check_alike(x, mesh.get_group(), **masks)
+        return self._run(stack, forward, mesh, x, **masks, **options)
+
+    def _run(
+        self,
+        stack: nn.Module,
+        forward: Callable[..., Any],
+        mesh: DeviceMesh,
+        x: Tensor,
+        *,
         positions: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         **options: Any,
     ) -> Any:
         """Runs the stack on a part, (b, c, e), at its positions in the whole sequence."""
-        self._check_shapes(x, mesh)
-        mask = options.get("key_padding_mask")
-        if mask is not None and self.method == "dilated":
-            found = find_sequences(x, mask, options.get("cu_seqlens"), mesh.get_group())
-            self._found[mask] = found
+        if key_padding_mask is not None and self.method == "dilated":
+            found = find_sequences(x, key_padding_mask, cu_seqlens, mesh.get_group())
+            self._found[key_padding_mask] = found
         if positions is None and stack.rotary is not None:
             positions = positions_of(
                 mesh.get_local_rank(), mesh.size(), x.shape[1], self.layout, device=x.device
             )
-        return forward(x, positions=positions, **options)
-
-    def _check_shapes(self, x: Tensor, mesh: DeviceMesh) -> None:
-        """Refuses parts of different shapes, on all processes, when a shape is new."""
-        if x.shape in self._seen_shapes or torch.compiler.is_compiling():
-            return
-        shapes: list[Any] = [None] * mesh.size()
-        dist.all_gather_object(shapes, tuple(x.shape), group=mesh.get_group())
-        if len(set(shapes)) > 1:
-            raise ValueError(
-                "all processes of a sequence must pass parts of one shape (batch, tokens, "
-                f"embed_dim), got {', '.join(map(str, shapes))}. shard_sequence makes equal parts."
-            )
-        self._seen_shapes.add(x.shape)
+        return forward(
+            x,
+            positions=positions,
+            key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
+            **options,
+        )
 
     def _route(self, route: Any, mesh: DeviceMesh, seq_len: int) -> Any:
         if self.layout != "contiguous":
@@ -248,13 +265,18 @@ class ParallelTextLoss(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not hasattr(module, "cross_entropy_op"):
-            raise ValueError(
-                "inputs='sharded' is for models that take tokens one by one outside of attention, "
-                f"those with a cross_entropy_op, got {type(module).__name__}. Use inputs='full'."
-            )
+            raise ValueError(self.refusal(module))
         model: Any = module
         model.cross_entropy_op = ParallelCrossEntropy(device_mesh.get_group())
         return module
+
+    @staticmethod
+    def refusal(module: nn.Module) -> str:
+        """Says why a module cannot have it."""
+        return (
+            "inputs='sharded' is for models that take tokens one by one outside of attention, "
+            f"those with a cross_entropy_op, got {type(module).__name__}. Use inputs='full'."
+        )
 
 
 def check_dense(pattern: DilatedPattern, seq_len: int = 1) -> None:
@@ -277,11 +299,24 @@ def _dilated_attention(
     mesh: DeviceMesh,
     found_in: WeakTensorKeyDictionary,
     key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    found = None if key_padding_mask is None else found_in.get(key_padding_mask)
+    # A stack has compared what processes pass, and looked into its mask for all layers.
+    if key_padding_mask is None:
+        found = find_sequences(q, None, cu_seqlens, mesh.get_group())
+    else:
+        found = found_in.get(key_padding_mask)
     return parallel_dilated_attention(
-        q, k, v, pattern, mesh, key_padding_mask=key_padding_mask, found=found, **options
+        q,
+        k,
+        v,
+        pattern,
+        mesh,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        found=found,
+        **options,
     )
 
 

@@ -84,7 +84,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
             f"num_kv_heads, head_dim), got q {tuple(q.shape)}, k {tuple(k.shape)} and v "
             f"{tuple(v.shape)}."
         )
-    if q.shape[2] % k.shape[2]:
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(
             "the number of query heads must be a multiple of the number of key heads, "
             f"got {q.shape[2]} and {k.shape[2]}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -102,7 +103,26 @@ def whole_inputs_fsdp():
     assert_gradients(model, [p.grad.full_tensor() for p in model.parameters()], grads)
 
 
+def fsdp_over_data_only():
+    """Nobody would average over the sequence: refused at the first forward pass."""
+    mesh, model, tokens, labels, _, _ = setting()
+    parallelize(model, mesh["sequence"], inputs="sharded", loss_mesh=mesh)
+    for block in model.stack.blocks:
+        fully_shard(block, mesh=mesh["data"])
+    tokens, labels, mask = parts(mesh, tokens, labels)
+    with pytest.raises(ValueError, match=r"FSDP2 must average gradients over .* without"):
+        model.loss(tokens, labels, key_padding_mask=mask)
+
+
+def loss_mesh_without_the_sequence():
+    mesh, model, *_ = setting()
+    with pytest.raises(ValueError, match="loss_mesh must hold the processes of mesh"):
+        parallelize(model, mesh["sequence"], inputs="sharded", loss_mesh=mesh["data"])
+
+
 CASES = {
+    "fsdp_over_data_only": fsdp_over_data_only,
+    "loss_mesh_without_the_sequence": loss_mesh_without_the_sequence,
     "ddp": ddp,
     "ddp_over_data_only": ddp_over_data_only,
     "fsdp": fsdp,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from unittest import mock
 
@@ -13,8 +14,10 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from longnet_zoo.factory import create_model
 from longnet_zoo.layers import MemorySaving
+from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.parallel import (
     ParallelAttention,
+    all_to_all_attention,
     gather_sequence,
     parallelize,
     positions_of,
@@ -180,9 +183,96 @@ def refusals():
 
 def parts_of_other_shapes():
     model = parallelize(text_model(), mesh_of(), inputs="sharded")
-    length = 5 + (dist.get_rank() == 1)
-    with pytest.raises(ValueError, match=r"one shape .*\(1, 5, 24\), \(1, 6, 24\)"):
+    for length in (5, 6):  # as if both had been seen
         model(torch.zeros(1, length, dtype=torch.int64))
+    length = 5 + (dist.get_rank() == 1)
+    with pytest.raises(ValueError, match="the same number of tokens, got 5, 6"):
+        model(torch.zeros(1, length, dtype=torch.int64))
+
+
+def whole_inputs_that_differ():
+    """Refused on all ranks, where one would wait for the other."""
+    model, is_last = parallelize(text_model(), mesh_of()), dist.get_rank() + 1 == mesh_of().size()
+    tokens = torch.zeros(1, 12, dtype=torch.int64)
+    mask = torch.zeros(1, 12, dtype=torch.bool)
+    bounds = torch.tensor([0, 3 + is_last, 12], dtype=torch.int32)
+    for message, length, options in (
+        ("number of tokens, got 12.*11", 12 - is_last, {}),
+        ("key_padding_mask .*got 0.*1", 12, {"key_padding_mask": mask if is_last else None}),
+        ("the same cu_seqlens", 12, {"cu_seqlens": bounds}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(tokens[:, :length], **options)
+    bounds = torch.tensor([0, 3, 12], dtype=torch.int32)
+    with pytest.raises(ValueError, match="not both"):
+        model(tokens, cu_seqlens=bounds, key_padding_mask=mask)
+    with pytest.raises(ValueError, match="at most 11"):
+        model(tokens[:, :11], cu_seqlens=bounds)
+    with pytest.raises(ValueError, match="must end at seq_len=12, got \\[0, 3\\]"):
+        model(tokens, cu_seqlens=bounds[:2])
+
+
+def gradients_of_what_comes_before():
+    """Inputs, and modules in front of a model, get the gradient that one process would find."""
+    torch.manual_seed(0)
+    model, front = text_model(), torch.nn.Linear(5, 24)
+    x = torch.randn(2, SEQ_LEN, 5, requires_grad=True)
+    inputs = (x, *front.parameters())
+    expected = model(inputs_embeds=front(x))
+    factors = torch.randn(expected.shape)
+    expected_grads = torch.autograd.grad((expected * factors).sum(), inputs)
+    parallelize(model, mesh_of())
+    grads = torch.autograd.grad((model(inputs_embeds=front(x)) * factors).sum(), inputs)
+    for one, other in zip(grads, expected_grads, strict=True):
+        scale = other.abs().max()
+        torch.testing.assert_close(one / scale, other / scale, **TOLERANCE)
+
+
+def new_parameters_are_averaged_too():
+    """Unfrozen, replaced and copied ones; before a forward pass each is looked for."""
+    torch.manual_seed(0)
+    model = text_model(tie_embeddings=False)
+    model.requires_grad_(False)
+    tokens, labels = torch.randint(VOCAB_SIZE, (2, 2, SEQ_LEN)).unbind()
+    parallelize(model, mesh_of(), inputs="sharded")
+    model.requires_grad_(True)
+    torch.manual_seed(1)
+    model.reset_classifier(VOCAB_SIZE)
+    alone = text_model(tie_embeddings=False)
+    alone.load_state_dict(model.state_dict())
+    expected = torch.autograd.grad(alone.loss(tokens, labels), tuple(alone.parameters()))
+    copied = copy.deepcopy(model)
+    mask = shard_padding_mask(None, SEQ_LEN, 2, mesh_of())
+    part = shard_sequence(tokens, mesh_of()), shard_sequence(labels, mesh_of(), pad_value=-100)
+    for one in (model, copied):
+        one.loss(*part, key_padding_mask=mask).backward()
+        assert_gradients(one, [p.grad for p in one.parameters()], expected)
+
+
+def refusals_change_nothing():
+    mesh, tokens = mesh_of(), torch.randint(VOCAB_SIZE, (1, 12))
+    for options in ({"method": "ring"}, {"method": "all_to_all"}):
+        model = text_model(num_heads=1)
+        before = model.loss(tokens, tokens, reduction="sum")
+        with pytest.raises(ValueError, match="needs"):
+            parallelize(model, mesh, inputs="sharded", **options)
+        assert torch.equal(model.loss(tokens, tokens, reduction="sum"), before)
+    with pytest.raises(ValueError, match="after it is spread"):
+        parallelize(torch.compile(text_model()), mesh)
+    with pytest.raises(TypeError, match=r"must be a DeviceMesh.*got NoneType"):
+        parallelize(text_model(), None)
+
+
+def heads_of_ranks_drop_apart():
+    """Heads that other ranks have draw other weights, though the generators are alike."""
+    torch.manual_seed(0)
+    q, k = torch.zeros(2, 1, 4, 4, 8)
+    v = torch.randn(1, 4, 1, 8).expand(1, 4, 4, 8)
+    if 4 % dist.get_world_size() == 0:
+        pattern = DilatedPattern(segment_lengths=(64,), dilation_rates=(1,))
+        torch.manual_seed(5)
+        out = all_to_all_attention(q, k, v, pattern, mesh_of(), dropout_p=0.5)
+        assert not torch.equal(out[:, :, 0], out[:, :, -1])
 
 
 def bad_masks_and_bounds():
@@ -293,6 +383,11 @@ CASES = {
     "compiled_whole_inputs": compiled_whole_inputs,
     "refusals": refusals,
     "parts_of_other_shapes": parts_of_other_shapes,
+    "whole_inputs_that_differ": whole_inputs_that_differ,
+    "gradients_of_what_comes_before": gradients_of_what_comes_before,
+    "new_parameters_are_averaged_too": new_parameters_are_averaged_too,
+    "refusals_change_nothing": refusals_change_nothing,
+    "heads_of_ranks_drop_apart": heads_of_ranks_drop_apart,
     "bad_masks_and_bounds": bad_masks_and_bounds,
     "one_style_for_each_attention": one_style_for_each_attention,
     "intermediate_states": intermediate_states,

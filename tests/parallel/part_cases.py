@@ -15,7 +15,7 @@ from longnet_zoo.parallel.layout import (
     shard_sequence,
     shard_text,
 )
-from longnet_zoo.parallel.ring_attention import RingAttention, ring_mesh
+from longnet_zoo.parallel.ring_layer import RingAttention, ring_mesh
 from longnet_zoo.parallel.tree import tree_attention
 from tests.parallel.dense import LAYOUTS, assert_near, dense, world_mesh
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longnet_zoo.ops.positions import apply_rotary, rotary_tables
-from longnet_zoo.parallel.ring_attention import RingAttention
+from longnet_zoo.parallel.ring_layer import RingAttention
 from tests.parallel import part_cases
 from tests.parallel.dense import assert_near, dense, visible
 from tests.parallel.torchrun import check_case

@@ -15,6 +15,8 @@ from longnet_zoo.ops.dilated_attention import DistanceBias
 from longnet_zoo.ops.kernels import BACKENDS
 from longnet_zoo.ops.positions import apply_rotary, rotary_tables
 
+from .agreement import check_alike
+from .gradients import with_mean_gradient
 from .layout import (
     Layout,
     check_layout,
@@ -24,6 +26,7 @@ from .layout import (
     shard_sequence,
 )
 from .ring import ring_attention
+from .sequences import check_whole_bounds
 
 __all__ = ["RingAttention", "ring_mesh"]
 
@@ -141,6 +144,13 @@ class RingAttention(nn.Module):
             raise ValueError(
                 f"x must be (batch, seq_len, dim) with dim={self.dim}, got {tuple(x.shape)}."
             )
+        if self.mesh is not None:
+            check_alike(
+                x,
+                self.mesh.get_group(),
+                key_padding_mask=key_padding_mask,
+                cu_seqlens=cu_seqlens,
+            )
         if not self.auto_shard_seq or self.mesh is None:
             return self._attend(x, position_bias, key_padding_mask, cu_seqlens)
         batch, seq_len, _ = x.shape
@@ -148,6 +158,10 @@ class RingAttention(nn.Module):
             key_padding_mask = shard_padding_mask(
                 key_padding_mask, seq_len, batch, self.mesh, self.layout
             )
+        else:
+            check_whole_bounds(cu_seqlens, batch, seq_len, key_padding_mask)
+        # What comes before is the same on all ranks, and so must its gradient be.
+        x = with_mean_gradient(x, self.mesh.get_group())
         part = shard_sequence(x, self.mesh, layout=self.layout)
         part = self._attend(part, position_bias, key_padding_mask, cu_seqlens)
         return gather_sequence(part, self.mesh, layout=self.layout, seq_len=seq_len)
@@ -230,6 +244,10 @@ def ring_mesh(mesh: DeviceMesh | None, ring_size: int | None) -> DeviceMesh | No
         has_gpus = accelerator is not None and dist.get_backend() != "gloo"
         device_type = accelerator.type if accelerator is not None and has_gpus else "cpu"
         mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"mesh must have one dimension, got {mesh}. Name the one that is to be the ring."
+        )
     size = mesh.size()
     if ring_size is None or ring_size == size:
         return mesh
