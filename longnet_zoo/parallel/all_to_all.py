@@ -63,13 +63,8 @@ def all_to_all_attention(
             f"{tuple(bias.shape)}."
         )
     num_heads = q.shape[2]
-    k, v = (_repeated(x, num_heads, group.size()) for x in (k, v))
-    parts = [q, k, v]
-    sizes = [x.shape[2] // group.size() for x in parts]
-    q, k, v = _whole(torch.cat([_by_process(x, group.size()) for x in parts], dim=3), group).split(
-        sizes, dim=2
-    )
-    first = group.rank() * sizes[0]
+    q, k, v = _heads_of_process(q, k, v, group)
+    heads = slice(group.rank() * q.shape[2], (group.rank() + 1) * q.shape[2])
     num_tokens, rest = q.shape[1], 0
     mask = _whole_mask(key_padding_mask, q, group)
     if cu_seqlens is not None:
@@ -81,10 +76,10 @@ def all_to_all_attention(
         q,
         k,
         v,
-        replace(pattern, first_head=first, total_heads=num_heads),
+        replace(pattern, first_head=heads.start, total_heads=num_heads),
         is_causal=is_causal,
         scale=scale,
-        bias=None if bias is None else lambda distances: bias(distances)[first : first + sizes[0]],
+        bias=None if bias is None else lambda distances: bias(distances)[heads],
         xpos_scale_base=xpos_scale_base,
         key_padding_mask=mask,
         cu_seqlens=cu_seqlens,
@@ -111,6 +106,15 @@ def check_num_heads(num_heads: int, num_parts: int) -> None:
             f"{num_parts} processes and num_heads={num_heads}. Nearest: {min(near)} or {max(near)} "
             "processes; or use method='dilated', which takes any number."
         )
+
+
+def _heads_of_process(
+    q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, ...]:
+    """Some heads of the whole sequence, (b, n, h, d), from all heads of a part, in one exchange."""
+    k, v = (_repeated(x, q.shape[2], group.size()) for x in (k, v))
+    parts = torch.cat([_by_process(x, group.size()) for x in (q, k, v)], dim=3)
+    return _whole(parts, group).split([x.shape[2] // group.size() for x in (q, k, v)], dim=2)
 
 
 def _repeated(x: Tensor, num_heads: int, num_parts: int) -> Tensor:

@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from longnet_zoo.parallel import parallelize, shard_padding_mask, shard_sequence
 from tests.models.families import VOCAB_SIZE
-from tests.parallel.model_cases import SEQ_LEN, TOLERANCE, assert_gradients, text_model
+from tests.parallel.model_cases import SEQ_LEN, TOLERANCE, assert_gradients
+from tests.parallel.models import text_model
 
 
 def setting():
