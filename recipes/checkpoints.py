@@ -62,9 +62,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     # Damage shows itself as RuntimeError, UnpicklingError, EOFError, KeyError and more.
     except Exception as error:
         reason = str(error).strip().splitlines()
+        size = "a folder" if is_folder else f"{os.path.getsize(path):,} bytes"
         raise ValueError(
             f"the checkpoint {path} is damaged, or no checkpoint at all "
-            f"({os.path.getsize(path):,} bytes; {reason[0] if reason else type(error).__name__}). "
+            f"({size}; {reason[0] if reason else type(error).__name__}). "
             "Resume from another one, or start again without ckpt_path."
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:

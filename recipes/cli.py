@@ -39,9 +39,10 @@ from recipes.checkpoints import (
 )
 from recipes.progress import LineProgress, StepBar
 from recipes.run_folder import CurveLogger, check_resumed_folder, make_room
+from recipes.sequence_parallel import SequenceParallelStrategy
 from recipes.sharded_checkpoints import FolderCheckpointIO, is_sharded
 
-__all__ = ["RecipeCLI", "run"]
+__all__ = ["RecipeCLI", "report_error", "run"]
 
 _OUR_FOLDERS = (Path(__file__).parent, Path(longnet_zoo.__file__).parent)
 
@@ -69,7 +70,7 @@ def run(
         except Exception as error:
             # Where torchrun started this process, its summary names the one that failed first.
             get_error_handler().record_exception(error)
-            _report(error)
+            report_error(error)
 
 
 class RecipeCLI(LightningCLI):
@@ -152,6 +153,9 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Adds what a training needs to be followed, unless the configuration says otherwise."""
         options = self._get(self.config_init, "trainer")
+        if isinstance(options["strategy"], SequenceParallelStrategy):
+            # Before Lightning, which recommends what does not train.
+            options["strategy"].check_precision(options["precision"])
         callbacks = options["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if options["logger"] in (None, True):
@@ -286,8 +290,15 @@ class _OpenRunFolder(SaveConfigCallback):
             trainer.loggers = [*trainer.loggers, tensorboard]
 
 
-def _report(error: Exception) -> NoReturn:
-    """Prints an error that our code or Lightning raised on purpose, raises any other."""
+def report_error(error: Exception) -> NoReturn:
+    """Prints an error that our code or Lightning raised on purpose, raises any other.
+
+    Args:
+        error: The error.
+
+    Raises:
+        SystemExit: With status 2, if the error is printed.
+    """
     text, file, line = _origin(error)
     is_ours = any(file.is_relative_to(folder) for folder in _OUR_FOLDERS)
     is_refusal = is_ours and linecache.getline(str(file), line).lstrip().startswith("raise ")

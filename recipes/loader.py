@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, Literal, TypeVar
@@ -344,8 +345,14 @@ def batch_iterator(
         pin_memory=pin_memory,
         # Without its own generator it would draw from the global one, and so change dropout.
         generator=torch.Generator(),
+        worker_init_fn=_ignore_sigterm,
     )
     return iter(loader)
+
+
+def _ignore_sigterm(worker: int) -> None:
+    # torchrun and SLURM send it to workers too, which the training needs until it has saved.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _product(numbers: dict[str, Any], names: Sequence[str]) -> int:

@@ -52,6 +52,8 @@ __all__ = ["SequenceParallelStrategy"]
 
 # Lightning's own name of the first one: it picks the batches of a process.
 _DATA, _SEQUENCE = "data_parallel", "sequence_parallel"
+# Half floats would need their losses scaled, which sharded weights have no way of.
+_PRECISIONS = ("bf16-mixed", "bf16-true", "32-true")
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -70,8 +72,8 @@ class SequenceParallelStrategy(ModelParallelStrategy):
         process_group_backend: Backend of torch.distributed; null takes that of the device.
         timeout: How long a process waits for the others before the job fails.
 
-    Raises:
-        ValueError: The sizes are not positive, or do not make up the number of processes.
+    Sizes and precision are checked when a run starts: what a constructor raises reaches the user of
+    a command line in the middle of a traceback.
     """
 
     def __init__(
@@ -95,20 +97,32 @@ class SequenceParallelStrategy(ModelParallelStrategy):
         self.sequence_parallel_size = sequence_parallel_size
         self.method, self.layout = method, layout
         self._inputs: Inputs | None = None
-        for name in ("sequence_parallel_size", "data_parallel_size"):
-            size = sequence_parallel_size if name.startswith("s") else data_parallel_size
-            if size != "auto" and size < 1:
-                raise ValueError(f"{name} must be 1 or more, got {size}.")
 
     @property
     def sequence_mesh(self) -> DeviceMesh:
         """The processes that share a sequence with this one."""
         return self.device_mesh[_SEQUENCE]
 
+    def check_precision(self, precision: str | int | None) -> None:
+        """Checks what a trainer is to compute with.
+
+        Args:
+            precision: `trainer.precision`.
+
+        Raises:
+            ValueError: Sharded weights cannot be trained with it.
+        """
+        if precision is not None and str(precision) not in (*_PRECISIONS, "bf16", "32"):
+            raise ValueError(
+                f"SequenceParallelStrategy computes in {', '.join(_PRECISIONS)}, got "
+                f"trainer.precision={precision!r}. Set trainer.precision to {_PRECISIONS[0]}."
+            )
+
     def setup_environment(self) -> None:
         """Connects the processes and puts them into a grid."""
         # Before they are connected, so that none waits for one that has stopped.
         _check_restarts()
+        self.check_precision(self.precision_plugin.precision)
         shape = self._grid_shape(self.num_nodes * self.num_processes)
         self._setup_distributed()
         device = self.root_device.type
@@ -189,6 +203,9 @@ class SequenceParallelStrategy(ModelParallelStrategy):
 
     def _grid_shape(self, world_size: int) -> tuple[int, int]:
         data, sequence = self._data_parallel_size, self.sequence_parallel_size
+        for name, size in (("sequence_parallel_size", sequence), ("data_parallel_size", data)):
+            if size != "auto" and size < 1:
+                raise ValueError(f"{name} must be 1 or more, got {size}.")
         if data == "auto" and world_size % sequence == 0:
             return world_size // sequence, sequence
         if data == "auto" or data * sequence != world_size:

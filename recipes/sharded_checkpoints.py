@@ -24,7 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 __all__ = [
     "FolderCheckpointIO",
@@ -63,9 +63,14 @@ def read_folder(folder: str | Path, *, with_tensors: bool = True) -> dict[str, A
         folder: The folder.
         with_tensors: False reads no tensors and no optimizer states: the weights under
             "state_dict" then have shape and dtype only.
+
+    Raises:
+        ValueError: A file with tensors is missing or too short; damage elsewhere raises what
+            PyTorch raises.
     """
     checkpoint = torch.load(Path(folder, _META), map_location="cpu", weights_only=True)
     metadata = dcp.FileSystemReader(folder).read_metadata()
+    _check_files(folder, metadata)
     entries = metadata.state_dict_metadata
     paths = metadata.planner_data
     if not with_tensors:
@@ -89,6 +94,22 @@ def read_folder(folder: str | Path, *, with_tensors: bool = True) -> dict[str, A
         states = [nested[f"optimizer_{number}"] for number in range(len(nested))]
         checkpoint["optimizer_states"] = [by_index(state) for state in states]
     return checkpoint
+
+
+def _check_files(folder: str | Path, metadata: Metadata) -> None:
+    """Checks that the files with tensors are there, and as long as the metadata says."""
+    sizes: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        end = place.offset + place.length
+        sizes[place.relative_path] = max(end, sizes.get(place.relative_path, 0))
+    for name, size in sizes.items():
+        path = Path(folder, name)
+        found = f"{path.stat().st_size:,} bytes" if path.is_file() else "no such file"
+        if not path.is_file() or path.stat().st_size < size:
+            raise ValueError(
+                f"{name} must have {size:,} bytes, got {found}. Copy the whole folder again, or "
+                "use another checkpoint."
+            )
 
 
 def by_index(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +201,16 @@ def main(args: list[str] | None = None) -> None:
         parser.error(f"{options.folder} is no folder of a complete checkpoint: it has no {_META}")
     if options.file.exists():
         parser.error(f"{options.file} exists; pass another name, or delete it first")
-    torch.save(read_folder(options.folder), options.file)
+    try:
+        checkpoint = read_folder(options.folder)
+    # Damage shows itself as RuntimeError, UnpicklingError, EOFError, KeyError and more.
+    except Exception as error:
+        parser.error(f"{options.folder} is damaged: {error or type(error).__name__}")
+    try:
+        torch.save(checkpoint, options.file)
+    except (OSError, RuntimeError) as error:
+        options.file.unlink(missing_ok=True)
+        parser.error(f"{options.file} cannot be written: {error}")
 
 
 if __name__ == "__main__":

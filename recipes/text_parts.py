@@ -25,7 +25,7 @@ def shard_batch(batch: dict[str, Any], mesh: DeviceMesh, *, layout: Layout) -> d
 
     Returns:
         `tokens` and `labels` (b, c), `is_part`, and `key_padding_mask` (b, c) where the parts of
-        all processes together are longer than the sequence.
+        all processes together are longer than the sequence and no `cu_seqlens` says so.
     """
     if batch.get("is_part"):
         return batch
@@ -34,5 +34,7 @@ def shard_batch(batch: dict[str, Any], mesh: DeviceMesh, *, layout: Layout) -> d
         name: shard_sequence(batch[name], mesh, layout=layout, pad_value=value)
         for name, value in (("tokens", 0), ("labels", IGNORE_INDEX))
     }
-    mask = shard_padding_mask(None, seq_len, batch_size, mesh, layout=layout)
-    return part | ({} if mask is None else {"key_padding_mask": mask}) | {"is_part": True}
+    if "cu_seqlens" not in batch:
+        mask = shard_padding_mask(None, seq_len, batch_size, mesh, layout=layout)
+        part |= {} if mask is None else {"key_padding_mask": mask}
+    return part | {"is_part": True}

@@ -5,8 +5,12 @@ r"""Trains a causal language model on a file of token ids that is never read as 
         --config configs/text/sequence_parallel_node.yaml
 
 The file is an array on disk, mapped into memory. Where processes share a sequence
-(`recipes.sequence_parallel`), each reads the tokens of its own part and no others, so that a
+(`recipes.sequence_parallel`), each keeps the tokens of its own part and no others, so that a
 sequence may be longer than the memory of any of them. The task is `recipes.text_lm`'s.
+
+With the layouts "contiguous" and "zigzag" a part is one or two stretches of the file, and no more
+is read. The tokens of a "striped" part lie all over the window, so that every process makes the
+disk read the whole window: to balance causal attention, rather take "zigzag".
 
 A batch is a dict; b is `batch_size`, c the tokens of a part, `seq_len` / processes of a sequence:
 
@@ -15,6 +19,7 @@ A batch is a dict; b is `batch_size`, c the tokens of a part, `seq_len` / proces
 - `is_part`: True where a sequence is shared.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +117,11 @@ class TokenFileDataModule(L.LightningDataModule):
             windows,
             num_samples=len(windows),
             unit="windows",
-            order={"tokens": windows.num_tokens, "seq_len": self.seq_len},
+            order={
+                "tokens": windows.num_tokens,
+                "content": _fingerprint(self._tokens["train"]),
+                "seq_len": self.seq_len,
+            },
             seed=self.seed,
             repeat=getattr(self.trainer, "overfit_batches", 0),
             **self._loader_options(),
@@ -127,6 +136,7 @@ class TokenFileDataModule(L.LightningDataModule):
         mesh = getattr(strategy, "sequence_mesh", None)
         return TokenWindows(
             self._tokens[split],
+            vocab_size=self.tokenizer.vocab_size,
             seq_len=self.seq_len,
             seed=seed,
             sequence_rank=0 if mesh is None else mesh.get_local_rank(),
@@ -153,6 +163,7 @@ class TokenWindows(Dataset[dict[str, Any]]):
 
     Args:
         tokens: The ids, (num_tokens,), mapped from disk.
+        vocab_size: Number of ids that there are.
         seq_len: Context in tokens, the distance between windows.
         seed: Seed of the training order; None for evaluation.
         sequence_rank: Place among the processes that share a sequence.
@@ -160,13 +171,14 @@ class TokenWindows(Dataset[dict[str, Any]]):
         layout: Which tokens each takes.
 
     Raises:
-        ValueError: `seq_len` does not split evenly.
+        ValueError: `seq_len` does not split evenly; later, that an id is not in the vocabulary.
     """
 
     def __init__(
         self,
         tokens: np.ndarray,
         *,
+        vocab_size: int,
         seq_len: int,
         seed: int | None,
         sequence_rank: int = 0,
@@ -182,7 +194,8 @@ class TokenWindows(Dataset[dict[str, Any]]):
                 f"and layout={layout!r}, got seq_len={seq_len}. Set data.seq_len to {nearest}."
             )
         self.num_tokens = len(tokens)
-        self._tokens, self._seq_len, self._seed = tokens, seq_len, seed
+        self._tokens, self._vocab_size = tokens, vocab_size
+        self._seq_len, self._seed = seq_len, seed
         self._order = None if seed is None else EpochOrder(len(self), seed=seed)
         self._is_part = sequence_size > 1
         length = seq_len // sequence_size
@@ -209,6 +222,7 @@ class TokenWindows(Dataset[dict[str, Any]]):
             )
         rows = [self._read(offset + max(0, place) * self._seq_len) for place in places]
         tokens, labels = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+        self._check_ids(tokens, labels)
         for row, place in enumerate(places):
             if place == FILLER:
                 labels[row] = IGNORE_INDEX
@@ -218,6 +232,18 @@ class TokenWindows(Dataset[dict[str, Any]]):
         """Returns where the first window of an epoch starts; what no window holds varies so."""
         left_over = self.num_tokens - 1 - len(self) * self._seq_len
         return int(np.random.default_rng((self._seed, epoch, 1)).integers(left_over + 1))
+
+    def _check_ids(self, *ids: torch.Tensor) -> None:
+        """Refuses ids that the tokenizer does not have, which a GPU would only stumble over."""
+        lowest = min(int(part.min()) for part in ids)
+        highest = max(int(part.max()) for part in ids)
+        if lowest < 0 or highest >= self._vocab_size:
+            path = getattr(self._tokens, "filename", "memory")
+            raise ValueError(
+                f"token ids must be in [0, vocab_size) with the tokenizer's vocab_size="
+                f"{self._vocab_size}, got ids from {lowest} to {highest} in '{path}'. Set "
+                "data.tokenizer to what the file was written with."
+            )
 
     def _read(self, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Reads tokens and labels of this part of the window at `start`."""
@@ -254,7 +280,8 @@ def open_tokens(path: str | Path, *, dtype: str | None, seq_len: int) -> np.ndar
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
             tokens = np.memmap(path, dtype=np.dtype(dtype), mode="r")
-    except (OSError, ValueError, TypeError) as error:
+    # An empty file is an EOFError.
+    except (OSError, ValueError, TypeError, EOFError) as error:
         raise ValueError(
             f"the token file must be readable, got {str(path)!r}: {error}. "
             "recipes.token_file_writer makes one."
@@ -270,6 +297,12 @@ def open_tokens(path: str | Path, *, dtype: str | None, seq_len: int) -> np.ndar
             f"{str(path)!r}. Shorten seq_len, or write more text."
         )
     return tokens
+
+
+def _fingerprint(tokens: np.ndarray) -> str:
+    """Returns what tells a file from another one of its length, without reading all of it."""
+    places = np.linspace(0, len(tokens) - 1, 512).astype(np.int64)
+    return hashlib.sha256(tokens[places].astype(np.int64).tobytes()).hexdigest()[:12]
 
 
 def main(args: list[str] | None = None) -> None:

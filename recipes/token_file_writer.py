@@ -15,6 +15,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 from jsonargparse import auto_cli
 
+from recipes.cli import report_error
 from recipes.text_corpus import Corpus, Split
 from recipes.text_packing import DocumentEncoder
 from recipes.tokenizers import Tokenizer, load_tokenizer
@@ -56,7 +57,8 @@ def write_token_files(
         Tokens written, by the path of the file.
 
     Raises:
-        ValueError: The source or the tokenizer cannot be read, or a split is empty.
+        ValueError: The source or the tokenizer cannot be read, the folder cannot be written, or a
+            split is empty.
     """
     made = load_tokenizer(tokenizer)
     corpus = Corpus(
@@ -73,7 +75,12 @@ def write_token_files(
     splits += ["val"] if val_source or val_fraction else []
     splits += ["test"] if test_source or test_fraction else []
     paths = {split: Path(folder, f"{split}.npy") for split in splits}
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"folder must be one that can be made, got {folder!r}: {error}. Pass another path."
+        ) from error
     return {
         str(path): _write(path, corpus, split, made, max_document_bytes)
         for split, path in paths.items()
@@ -115,7 +122,11 @@ def _write_header(file: BinaryIO, num_tokens: int, dtype: np.dtype) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command line."""
-    for path, num_tokens in auto_cli(write_token_files, args=args, as_positional=False).items():
+    try:
+        written = auto_cli(write_token_files, args=args, as_positional=False)
+    except Exception as error:
+        report_error(error)
+    for path, num_tokens in written.items():
         print(f"{path}: {num_tokens:,} tokens")
 
 

@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import os
 import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -161,7 +164,37 @@ def test_the_submission_file_runs_a_config_with_restarts():
     assert f"--nproc-per-node {trainer['devices']} " in text
     assert "--ckpt_path last" in text
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in text
+    # Processes are killed after saving, and before SLURM ends the job.
+    (time_left,) = re.findall(r"^#SBATCH --signal=B:USR1@(\d+)$", text, re.M)
+    (time_to_save,) = re.findall(r"^export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)$", text, re.M)
+    assert int(time_to_save) < int(time_left)
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+@pytest.mark.parametrize(("is_late", "status"), [(True, 1), (True, 0), (False, 1)])
+def test_a_submitted_run_goes_back_into_the_queue_if_its_time_is_over(tmp_path, is_late, status):
+    # What SLURM does: srun runs until scancel reaches it, or fails by itself.
+    ending = f"while [ ! -e stopped ]; do sleep 0.02; done; exit {status}" if is_late else "exit 1"
+    commands = {
+        "srun": f"touch running; {ending}",
+        "scancel": 'echo "$@" > stopped',
+        "scontrol": '[ "$1" = requeue ] && echo "$2" > requeued || echo node0',
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    env = {"PATH": path, "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node0"}
+    script = ["bash", str(ROOT / "configs/cluster/sequence_parallel.sbatch")]
+    with subprocess.Popen(script, cwd=tmp_path, env=env) as run:
+        while is_late and run.poll() is None and not (tmp_path / "running").exists():
+            time.sleep(0.02)
+        if is_late:
+            run.send_signal(signal.SIGUSR1)
+        assert run.wait(timeout=20) == status
+    assert not is_late or (tmp_path / "stopped").read_text() == "--signal=TERM 7\n"
+    requeued = [path.read_text() for path in tmp_path.glob("requeued")]
+    assert requeued == ["7\n"] * (is_late and status == 1)
 
 
 def _options(written):

@@ -2,10 +2,19 @@
 
 import itertools
 import math
+import os
+import signal
 
 import pytest
 
-from recipes.loader import FILLER, EpochOrder, FixedLoader, SeededLoader, fair_order
+from recipes.loader import (
+    FILLER,
+    EpochOrder,
+    FixedLoader,
+    SeededLoader,
+    batch_iterator,
+    fair_order,
+)
 
 
 class Echo:
@@ -28,6 +37,18 @@ def seeded(**options):
     return SeededLoader(
         Echo(), num_samples=11, unit="numbers", order={}, **workers, **(defaults | options)
     )
+
+
+class Process:
+    def __getitem__(self, request):
+        return os.getpid()
+
+
+def test_workers_outlive_the_signal_that_lets_a_training_save():
+    batches = batch_iterator(Process(), range(9), num_workers=1, pin_memory=False)
+    worker = next(batches)
+    os.kill(worker, signal.SIGTERM)
+    assert [*batches] == [worker] * 8 != [os.getpid()] * 8
 
 
 def take(loader, number):

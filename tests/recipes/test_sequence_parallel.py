@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 
 import longnet_zoo as lz
@@ -29,6 +30,11 @@ VARIANTS = {
     "odd": {"data__seq_len": 61},
     "all_to_all": {"data__seq_len": 61},
     "confined": {"data__confine_to_document": "true"},
+    "confined_odd": {
+        "data__confine_to_document": "true",
+        "data__seq_len": 61,
+        "data__batch_size": 1,
+    },
     "warmup": {"data__seq_len": 256, "model__context_warmup": '{"start": 16, "steps": 8}'},
     "saving": {"model__memory_saving": '{"chunk_size": 16}'},
     "accumulated": {"trainer__accumulate_grad_batches": 2, "trainer__max_steps": 2},
@@ -287,7 +293,38 @@ def test_a_grid_that_is_not_full_is_refused(options, message):
 @pytest.mark.parametrize("name", ["sequence_parallel_size", "data_parallel_size"])
 def test_sizes_are_positive(name):
     with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
-        SequenceParallelStrategy(**{"sequence_parallel_size": 1, name: 0})
+        grid(SequenceParallelStrategy(**{"sequence_parallel_size": 1, name: 0}), nodes=1, devices=1)
+
+
+@pytest.mark.parametrize("precision", [None, 32, "bf16", "32-true", "bf16-mixed", "bf16-true"])
+def test_precisions_that_train_are_taken(precision):
+    SequenceParallelStrategy(sequence_parallel_size=1).check_precision(precision)
+
+
+def test_half_precision_from_python_is_refused():
+    strategy = SequenceParallelStrategy(sequence_parallel_size=1)
+    strategy.precision_plugin = HalfPrecision("16-true")
+    with pytest.raises(ValueError, match=r"got trainer\.precision='16-true'.* to bf16-mixed"):
+        strategy.setup_environment()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("strategy.sequence_parallel_size=0", "sequence_parallel_size must be 1 or more, got 0"),
+        ("precision=16-mixed", "got trainer.precision='16-mixed'. Set trainer.precision to bf16"),
+        ("precision=64-true", "got trainer.precision='64-true'"),
+    ],
+)
+def test_what_cannot_train_is_one_line(corpus, tmp_path, capsys, monkeypatch, option, message):
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])
+    options = {"trainer__devices": 1}
+    _, _, args = text_run(corpus, tmp_path, "run", *strategy(1), f"--trainer.{option}", **options)
+    with pytest.raises(SystemExit) as stop:
+        text_lm.main(args)
+    said = capsys.readouterr().err
+    assert (stop.value.code, said.count("\n")) == (2, 1)
+    assert message in said
 
 
 def test_restarts_need_a_store_of_their_own(monkeypatch):

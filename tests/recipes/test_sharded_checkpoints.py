@@ -91,6 +91,23 @@ def test_a_folder_that_is_not_complete_is_no_checkpoint(folder):
         read_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (None, r"\(a folder; __0_0\.distcp must have [\d,]+ bytes, got no such file\. Copy"),
+        (1000, r"\(a folder; __0_0\.distcp must have [\d,]+ bytes, got 1,000 bytes\. Copy"),
+    ],
+)
+def test_a_file_that_is_cut_is_damage_before_tensors_are_read(folder, size, message):
+    file = folder / "__0_0.distcp"
+    content = file.read_bytes()[:size]
+    file.unlink()
+    if size is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"last\.ckpt is damaged, .*{message}"):
+        read_checkpoint(folder)
+
+
 def test_the_command_line_makes_one_file(folder, tmp_path, capsys):
     file = tmp_path / "weights.ckpt"
     sharded_checkpoints.main([str(folder), str(file)])
@@ -98,10 +115,19 @@ def test_the_command_line_makes_one_file(folder, tmp_path, capsys):
     for args, message in (
         ([str(folder), str(file)], "weights.ckpt exists"),
         ([str(tmp_path), str(tmp_path / "other.ckpt")], "no folder of a complete checkpoint"),
+        ([str(folder), str(tmp_path / "none/other.ckpt")], "none/other.ckpt cannot be written"),
     ):
-        with pytest.raises(SystemExit):
-            sharded_checkpoints.main(args)
-        assert message in capsys.readouterr().err
+        assert message in refusal(capsys, args)
+    (folder / "__0_0.distcp").write_bytes(b"")
+    said = refusal(capsys, [str(folder), str(tmp_path / "other.ckpt")])
+    assert "last.ckpt is damaged: __0_0.distcp must have" in said
+
+
+def refusal(capsys, args):
+    with pytest.raises(SystemExit) as stop:
+        sharded_checkpoints.main(args)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("killed_at", range(5))

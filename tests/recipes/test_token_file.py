@@ -38,7 +38,7 @@ def path(tmp_path):
 
 
 def windows(tokens, rank, size, **options):
-    options = {"seq_len": SEQ_LEN, "seed": None, **options}
+    options = {"vocab_size": NUM_TOKENS, "seq_len": SEQ_LEN, "seed": None, **options}
     return TokenWindows(tokens, sequence_rank=rank, sequence_size=size, **options)
 
 
@@ -104,6 +104,37 @@ def test_training_resumes_exactly(path):
     assert batches(second, 5) == whole[6:]
 
 
+@pytest.mark.parametrize("is_other", [False, True])
+def test_resuming_with_another_file_of_this_length_warns(path, recwarn, is_other):
+    module = TokenFileDataModule(train=path, seq_len=7, batch_size=3)
+    state = module.train_dataloader().state_dict()
+    if is_other:
+        np.save(path, np.arange(NUM_TOKENS, dtype=np.uint16)[::-1])
+    again = TokenFileDataModule(train=path, seq_len=7, batch_size=3)
+    again.train_dataloader().load_state_dict(state)
+    said = [str(warning.message) for warning in recwarn]
+    assert ["data in another order: content '" in message for message in said] == [True] * is_other
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "message"),
+    [
+        (30, 259, r"vocab_size=259, got ids from 0 to 259 in '.*tokens\.npy'\. Set data\.tok"),
+        # The last label.
+        (100, 300, r"got ids from 0 to 300 in"),
+        (30, -1, r"got ids from -1 to 100 in"),
+    ],
+)
+def test_ids_that_the_tokenizer_does_not_have_are_refused(path, place, wrong, message):
+    ids = np.arange(NUM_TOKENS, dtype=np.int32)
+    ids[place] = wrong
+    np.save(path, ids)
+    data = TokenFileDataModule(train=path, val=path, seq_len=NUM_TOKENS - 1)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        with pytest.raises(ValueError, match=message):
+            next(iter(loader))
+
+
 def test_held_out_windows_come_once(path):
     module = TokenFileDataModule(train=path, val=path, test=path, seq_len=10, batch_size=3)
     for loader in (module.val_dataloader(), module.test_dataloader()):
@@ -133,12 +164,14 @@ def test_a_file_that_is_none_is_refused(tmp_path, path):
     raw = tmp_path / "tokens.bin"
     raw.write_bytes(b"12345")
     np.save(tmp_path / "floats.npy", np.zeros((2, 3)))
+    (tmp_path / "empty.npy").touch()
     for wrong, dtype, message in (
         (path, "uint16", r"tokens\.npy' with dtype='uint16'\. Leave it out"),
         (raw, None, r"tokens\.bin' with dtype=None\. Pass it"),
         (raw, "uint16", r"must be readable, got .*tokens\.bin"),
         (raw, "words", r"must be readable, got .*tokens\.bin.*words"),
         (tmp_path / "none.npy", None, r"must be readable, got .*none\.npy.*No such file"),
+        (tmp_path / "empty.npy", None, r"must be readable, got .*empty\.npy"),
         (tmp_path / "floats.npy", None, r"got float64 of shape \(2, 3\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -158,6 +191,24 @@ def test_written_tokens_are_those_of_the_text_recipe(corpus, tmp_path, capsys):
         assert np.array_equal(tokens, expected)
         assert f"{split}.npy: {len(expected):,} tokens" in said
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "nowhere"}, "nowhere"),
+        ({"folder": "{here}/taken/tokens"}, "folder must be one that can be made, got '{here}/tak"),
+    ],
+)
+def test_the_writer_refuses_in_one_line(corpus, tmp_path, capsys, options, message):
+    (tmp_path / "taken").touch()
+    options = {"source": str(corpus), "folder": "{here}/tokens", **options}
+    args = [f"--{name}={value.format(here=tmp_path)}" for name, value in options.items()]
+    with pytest.raises(SystemExit) as stop:
+        token_file_writer.main(args)
+    said = capsys.readouterr().err
+    assert (stop.value.code, said.count("\n")) == (2, 1)
+    assert message.format(here=tmp_path) in said
 
 
 def test_an_empty_split_is_refused(corpus, tmp_path):
