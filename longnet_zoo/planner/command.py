@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from longnet_zoo.layers import MemorySaving
 from longnet_zoo.parallel.layout import Layout
 
 from .hardware import GPUS
-from .plan import MethodPlan, Plan, PlanConfig, Precision, plan_step
+from .plan import MAX_SEQ_LEN, MethodPlan, Plan, PlanConfig, Precision, plan_step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +39,9 @@ def add_plan_command(commands: Any) -> None:
     command.add_argument("--model", required=True, help="name of the model")
     command.add_argument("--seq-len", type=_count, required=True, help="tokens: 65536 or 1e9")
     command.add_argument("--gpus", type=_count, default=1, help="processes in all (default: 1)")
-    command.add_argument("--gpu", default="h200", help=f"{', '.join(GPUS)} (default: h200)")
+    command.add_argument(
+        "--gpu", type=str.lower, default="h200", help=f"{', '.join(GPUS)} (default: h200)"
+    )
     command.add_argument(
         "--option",
         action="append",
@@ -146,7 +149,7 @@ def _add_saving_options(command: argparse.ArgumentParser) -> None:
     chunk = MemorySaving().chunk_size
     command.add_argument(
         "--chunk-size",
-        type=int,
+        type=_chunk,
         default=None,
         help=f"tokens whose hidden channels exist at once, 0: all (default: {chunk})",
     )
@@ -192,12 +195,23 @@ def _saving(options: argparse.Namespace) -> MemorySaving | None:
 
 def _count(text: str) -> int:
     """Reads a positive integer, also as 1e9."""
+    return _integer(text, least=1)
+
+
+def _chunk(text: str) -> int:
+    """Reads an integer of at least 0, also as 1e3."""
+    return _integer(text, least=0)
+
+
+def _integer(text: str, *, least: int) -> int:
     try:
         number = float(text)
     except ValueError:
-        number = 0.0
-    if number < 1 or number > 2**53 or number != int(number):
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+        number = math.nan
+    if not (number >= least and number.is_integer() and number <= MAX_SEQ_LEN):
+        raise argparse.ArgumentTypeError(
+            f"must be an integer from {least} to {MAX_SEQ_LEN:,}, got {text!r}"
+        )
     return int(number)
 
 
@@ -216,8 +230,11 @@ def _read_value(text: str) -> Any:
         value = json.loads(text)
     except json.JSONDecodeError:
         return text
-    is_whole = isinstance(value, float) and "e" in text.lower() and value == int(value)
-    return int(value) if is_whole else value
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
+        raise ValueError(f"--option takes finite numbers, got {text!r}.")
+    return int(value) if "e" in text.lower() and value.is_integer() else value
 
 
 def _print(plan: Plan) -> None:
@@ -231,8 +248,7 @@ def _print(plan: Plan) -> None:
         box=box.SIMPLE_HEAD,
         title=f"{config.model}: one training step, predicted, not measured",
         title_justify="left",
-        caption=f"{config.seq_len:,} tokens, {plan.rows_per_rank:,} on each of "
-        f"{config.sequence_parallel_size} ranks, {_sequences(config)} at a time; "
+        caption=f"{config.seq_len:,} tokens, {_shared(plan)}, {_sequences(config)} at a time; "
         f"{config.gpus} x {config.gpu}, {config.precision}, "
         f"{'FSDP2' if config.fsdp else 'no sharding'}, "
         f"{'no memory saving' if saving is None else saving}; "
@@ -269,9 +285,11 @@ def _rows(plan: MethodPlan) -> dict[str, str]:
         "gathered blocks": memory.gathered,
         "activations": memory.activations,
     }
+    waiting = {"waits in CPU memory": _bytes(memory.offloaded)} if memory.offloaded else {}
     return {
         **{name: _bytes(size) for name, size in sharded.items()},
         "memory": f"{_bytes(memory.total)}{'' if plan.fits else ' (too much)'}",
+        **waiting,
         "sent in a layer, forward": _bytes(plan.forward_bytes),
         "sent in a layer, backward": _bytes(plan.backward_bytes),
         "sent for parameters": _bytes(plan.parameter_bytes),
@@ -286,6 +304,11 @@ def _rows(plan: MethodPlan) -> dict[str, str]:
 
 def _name(plan: MethodPlan) -> str:
     return f"{plan.method} (dense)" if plan.note else plan.method
+
+
+def _shared(plan: Plan) -> str:
+    ranks = plan.config.sequence_parallel_size
+    return "on one rank" if ranks == 1 else f"{plan.rows_per_rank:,} on each of {ranks} ranks"
 
 
 def _sequences(config: PlanConfig) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from longnet_zoo.layers import MemorySaving
 
 from .block import FLOAT32, BlockBytes, Device, Sizes, block_bytes
+from .logits import Call, whole_calls
 from .network import Network
 
 __all__ = ["ActivationMemory", "Part", "activation_memory"]
@@ -35,6 +36,7 @@ class Part:
         kept_with_op: Those of them that every layer keeps if it keeps what attention returns.
         exchanged: Bytes beside them while one layer is differentiated.
         call_rows: Rows of the largest kernel call of attention; None: those of `joint_softmax`.
+        calls: Kernel calls that would make logits of a bias; None: those of a whole sequence.
         device: "cuda" or "cpu".
     """
 
@@ -47,6 +49,7 @@ class Part:
     kept_with_op: int = 0
     exchanged: int = 0
     call_rows: int | None = None
+    calls: tuple[Call, ...] | None = None
     device: Device = "cuda"
 
 
@@ -55,12 +58,14 @@ class ActivationMemory:
     """Bytes of activations on one rank.
 
     Attributes:
-        kept: What waits from the forward pass for the backward pass.
+        kept: What waits from the forward pass for the backward pass, on the GPU.
         peak: The most that is held at once, `kept` included.
+        offloaded: What waits in the memory of the CPU.
     """
 
     kept: int
     peak: int
+    offloaded: int
 
 
 def activation_memory(network: Network, part: Part) -> ActivationMemory:
@@ -70,6 +75,7 @@ def activation_memory(network: Network, part: Part) -> ActivationMemory:
     # Beside the tokens: keys of other ranks, and the weights that autocast cast.
     beside = part.gathered - (part.kept_with_op if keeps_op else 0)
     beside += network.block_params * sizes.compute if sizes.is_mixed else 0
+    offloaded = 0
     if saving is None:
         before_last = (network.num_layers - 1) * (part.rows * block.kept + beside)
         before_last += part.rows * block.kept_input
@@ -77,21 +83,25 @@ def activation_memory(network: Network, part: Part) -> ActivationMemory:
     else:
         per_block = block.stream + (block.op_result if keeps_op else 0)
         per_layer = part.rows * per_block + (part.kept_with_op if keeps_op else 0)
-        kept = 0 if saving.offload else network.num_layers * per_layer
-        kept += part.rows * block.tables
+        waiting = network.num_layers * per_layer
+        offloaded = waiting if saving.offload else 0
+        kept = waiting - offloaded + part.rows * block.tables
         before_last = kept
     span, chunk = _span_and_chunk(network, part)
-    phases = _block_phases(block, part, span=span, chunk=chunk, keeps_op=keeps_op)
+    logits = _logits_bytes(network, part, span)
+    feed, *others = _block_phases(
+        block, part, span=span, chunk=chunk, keeps_op=keeps_op, logits=logits
+    )
     # The gradient of a head that is the embedding waits for the one of the embedding.
     tied = network.head_rows * network.embed_dim * sizes.parameter if network.has_tied_head else 0
-    weight = network.largest_weight * (sizes.parameter + sizes.compute * sizes.is_mixed)
+    feed_weights, weights = _weight_gradients(network, sizes, part.rows, span=span, chunk=chunk)
     peak = max(
         kept + part.rows * 2 * block.stream + _loss_bytes(network, part),
-        before_last + beside + max(phases) + weight + tied,
+        before_last + beside + max(feed + feed_weights, max(others) + weights) + tied,
         before_last + 2 * tied,
     )
     whole = 2 * part.whole_rows * block.stream
-    return ActivationMemory(kept=kept + whole, peak=peak + whole)
+    return ActivationMemory(kept=kept + whole, peak=peak + whole, offloaded=offloaded)
 
 
 def _span_and_chunk(network: Network, part: Part) -> tuple[int, int]:
@@ -106,8 +116,34 @@ def _span_and_chunk(network: Network, part: Part) -> tuple[int, int]:
     return span, min(span, saving.chunk_size)
 
 
+def _weight_gradients(
+    network: Network, sizes: Sizes, rows: int, *, span: int, chunk: int
+) -> tuple[int, int]:
+    """Bytes of gradients of a block's matrices at once: in its feed-forward part, and elsewhere."""
+    largest = network.largest_weight
+    one = largest * (sizes.parameter + sizes.compute * sizes.is_mixed)
+    # Those of spans, or of chunks, are added up until the last one; and the new one is there.
+    if span < rows:
+        summed = max(one, (network.block_params + largest) * sizes.compute)
+        return summed, summed
+    num_matrices = 3 if network.is_gated else 2
+    summed = max(one, (num_matrices + 1) * largest * sizes.compute)
+    return (summed if chunk < span else one), one
+
+
+def _logits_bytes(network: Network, part: Part, span: int) -> int:
+    """Bytes of one kernel call that makes logits of a bias; a GPU's Triton kernel makes none."""
+    calls = part.calls
+    if calls is None:
+        calls = tuple(whole_calls(network, span)) if part.device == "cpu" else ()
+    if not network.has_bias:
+        return 0
+    sizes = (call.peak_bytes(network.head_dim, part.sizes.compute) for call in calls)
+    return max(sizes, default=0)
+
+
 def _block_phases(
-    block: BlockBytes, part: Part, *, span: int, chunk: int, keeps_op: bool
+    block: BlockBytes, part: Part, *, span: int, chunk: int, keeps_op: bool, logits: int
 ) -> list[int]:
     """Bytes of the phases of a block's backward pass, without what is kept before."""
     stream, rows = block.stream, part.rows
@@ -121,7 +157,7 @@ def _block_phases(
     attend = (span * stream if span < rows else 0) + part.exchanged
     attend += span * (late + block.op_gradient + block.op_sums)
     call_rows = _CALL_ROWS[part.device] if part.call_rows is None else part.call_rows
-    attend += max(min(span, call_rows) * block.op_call, span * block.op_last)
+    attend += max(min(span, call_rows) * block.op_call + logits, span * block.op_last)
     return [around + feed, around + joining, around + attend, around + rows * stream]
 
 

@@ -16,6 +16,7 @@ from longnet_zoo.parallel.layout import Layout, check_layout, part_length
 
 from .block import PRECISIONS
 from .hardware import Gpu, find_gpu
+from .logits import Call, block_calls, part_calls, whole_calls
 from .memory import Part, activation_memory
 from .network import Network, dense_pattern, describe
 from .timing import REDUCED, StepTime, Work, step_time
@@ -26,6 +27,9 @@ __all__ = ["MethodPlan", "Plan", "PlanConfig", "RankMemory", "plan_step"]
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 _ADAMW_STATES = 2
+# More ranks would take minutes to plan; float64 counts no more tokens than that exactly.
+MAX_GPUS = 2**12
+MAX_SEQ_LEN = 2**53
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,12 @@ class PlanConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        for name, limit in (("seq_len", MAX_SEQ_LEN), ("gpus", MAX_GPUS)):
+            if getattr(self, name) > limit:
+                raise ValueError(
+                    f"{name} must be at most {limit:,}, got {getattr(self, name):,}. "
+                    "Plans do not go beyond."
+                )
         if self.gpus % self.data_parallel_size:
             raise ValueError(
                 "gpus must be a multiple of data_parallel_size, got "
@@ -86,7 +96,7 @@ class PlanConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """Bytes on one rank at the worst moment.
+    """Bytes of one rank at the worst moment.
 
     Attributes:
         parameters: What the rank holds of the parameters.
@@ -94,6 +104,7 @@ class RankMemory:
         optimizer: Of AdamW's two states.
         gathered: Parameters and gradients of the blocks at work, whole (FSDP2).
         activations: Everything that depends on the length, keys of other ranks included.
+        offloaded: What waits in the memory of the CPU, for each rank; not in `total`.
     """
 
     parameters: int
@@ -101,11 +112,12 @@ class RankMemory:
     optimizer: int
     gathered: int
     activations: int
+    offloaded: int
 
     @property
     def total(self) -> int:
-        """The sum."""
-        return sum(getattr(self, x.name) for x in fields(self))
+        """The sum of what is on the GPU."""
+        return sum(getattr(self, x.name) for x in fields(self)) - self.offloaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +242,9 @@ class _Planner:
                     dtype=torch.float32 if self.sizes.compute == 4 else torch.bfloat16,
                 )
             except ValueError as error:
-                return str(error)
+                # What the model calls scale_base is an option of another name here.
+                cure = "Use --option position=rotary, --option xpos_scale_base="
+                return str(error).replace("Use scale_base=", cure)
         return ""
 
     def _note(self, method: Method) -> str:
@@ -279,6 +293,7 @@ class _Planner:
             kept_with_op=int(traffic.kept.max()) if method == "dilated" else 0,
             exchanged=int(traffic.meanwhile.max()) + table,
             call_rows=tile if method == "ring" else None,
+            calls=self._calls(method, seq_len, tile),
             device="cpu" if config.gpu == "cpu" else "cuda",
         )
         shards = config.gpus if config.fsdp else 1
@@ -286,13 +301,28 @@ class _Planner:
         # The root and two blocks, the second fetched ahead; gradients of one, and as they are sent.
         gathered = self.sizes.parameter * (network.root_params + 3 * network.block_params)
         gathered += REDUCED * network.block_params
+        activations = activation_memory(network, part)
         return RankMemory(
             parameters=shard,
             gradients=shard,
             optimizer=_ADAMW_STATES * shard,
             gathered=gathered if config.fsdp else 0,
-            activations=activation_memory(network, part).peak,
+            activations=activations.peak,
+            offloaded=activations.offloaded,
         )
+
+    def _calls(self, method: Method, seq_len: int, tile: int) -> tuple[Call, ...] | None:
+        """Kernel calls that make logits of a bias, if it is not the whole sequence on one rank."""
+        network = self.network
+        if method == "ring":
+            return tuple(block_calls(network, tile))
+        if self.ranks == 1 or not network.has_bias:
+            return None
+        if method == "dilated":
+            return tuple(part_calls(network, seq_len, self.ranks))
+        if self.config.gpu != "cpu":
+            return ()
+        return tuple(whole_calls(network, seq_len, num_heads=network.num_heads // self.ranks))
 
     def _work(self, method: Method, seq_len: int, traffic: Traffic) -> Work:
         network, saving = self.network, self.config.memory_saving
@@ -339,7 +369,7 @@ def _longest(fits: Callable[[int], bool], start: int) -> int:
         while fits(high := 2 * high):
             low = high
     else:
-        while low and not fits(low := low // 2):
+        while (low := low // 2) and not fits(low):
             high = low
     while low and high - low > max(1, low // 100):
         middle = (low + high) // 2

@@ -129,16 +129,17 @@ def _dilated(
 
 def _ring(hops: tuple[int, ...], key_bytes: int, grad_bytes: int) -> Traffic:
     """Keys of each rank pass on as far as they are seen; their gradients follow, and come home."""
-    size = len(hops)
-    keys_out, grads_out = np.zeros(size, np.int64), np.zeros(size, np.int64)
-    for source, last in enumerate(hops):
-        for hop in range(last):
-            keys_out[(source + hop) % size] += 1
-            grads_out[(source + hop + 1) % size] += 1
-    # What a rank passes on has come to it, but for its own keys; gradients come home once.
-    keys_in = np.roll(keys_out, 1)
-    own = np.array([last > 0 for last in hops], np.int64)
-    grads_in = grads_out - _first_receivers(hops) + own
+    size, last = len(hops), np.array(hops)
+    # Keys of rank s leave the ranks s, ..., s + last - 1, around the ring.
+    changes = np.zeros(2 * size + 1, np.int64)
+    np.add.at(changes, np.arange(size), 1)
+    np.add.at(changes, np.arange(size) + last, -1)
+    keys_out = changes.cumsum()[:-1].reshape(2, size).sum(0)
+    # What a rank passes on has come to it, but for its own keys, and so have gradients, which it
+    # passes on itself; these come home once.
+    keys_in = grads_out = np.roll(keys_out, 1)
+    own = (last > 0).astype(np.int64)
+    grads_in = grads_out - np.roll(own, 1) + own
     held = (1 + min(2, max(hops))) * (key_bytes + grad_bytes) if size > 1 else 0
     return Traffic(
         forward_sent=key_bytes * keys_out,
@@ -149,8 +150,3 @@ def _ring(hops: tuple[int, ...], key_bytes: int, grad_bytes: int) -> Traffic:
         # Own keys, those at hand, those that arrive; gradients passed on, at hand and arriving.
         meanwhile=np.full(size, held),
     )
-
-
-def _first_receivers(hops: tuple[int, ...]) -> np.ndarray:
-    """How many ranks' keys come to each rank first of all, where no gradients follow yet."""
-    return np.roll(np.array([last > 0 for last in hops], np.int64), 1)

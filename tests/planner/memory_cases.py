@@ -57,6 +57,14 @@ def ring_with_attention_kept():
     check_peak("ring", saving=MemorySaving(chunk_size=256, keep_attention=True), **DENSE)
 
 
+def dilated_with_bias():
+    check_peak("dilated", saving=None, position="relative", **ACROSS)
+
+
+def ring_with_bias():
+    check_peak("ring", saving=MemorySaving(chunk_size=256), position="alibi", **DENSE)
+
+
 def ring_in_chunks():
     check_peak("ring", saving=MemorySaving(chunk_size=256), **DENSE)
 
@@ -80,7 +88,9 @@ CASES = {
         dilated_with_shared_keys_in_chunks,
         dilated_run_again_in_half,
         dilated_with_attention_kept,
+        dilated_with_bias,
         ring_with_attention_kept,
+        ring_with_bias,
         ring_in_chunks,
         ring_zigzag,
         all_to_all,

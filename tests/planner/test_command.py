@@ -34,6 +34,23 @@ def test_table_shows_every_method_in_80_columns(capsys):
     assert "8 x h100, bf16-mixed, FSDP2" in words
 
 
+def test_offload_shows_what_waits_in_the_memory_of_the_cpu(capsys):
+    main([*SMALL, "--gpu", "H200", "--offload", "--chunk-size", "1e3"])
+    words = " ".join(capsys.readouterr().out.split())
+    # 4 layers of 32,768 x 128 numbers of 4 bytes.
+    assert "waits in CPU memory 64 MiB 64 MiB 64 MiB" in words
+    assert "32,768 tokens, on one rank, 1 sequence at a time; 1 x h200" in words
+    main(SMALL)
+    assert "CPU memory" not in capsys.readouterr().out
+
+
+def test_nothing_fits(capsys):
+    main(["plan", "--model", "longnet_lm_2b7", "--seq-len", "65536", "--gpu", "a100-40gb"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "(too much)" in words
+    assert "longest sequence 0 - 0" in words
+
+
 def test_refused_methods_are_named(capsys):
     main([*SMALL, "--gpus", "3", "--no-fsdp", "--no-memory-saving"])
     words = " ".join(capsys.readouterr().out.split())
@@ -83,14 +100,18 @@ def test_picture_has_a_line_for_each_method_that_serves():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--seq-len", "1.5"], "must be an integer of at least 1, got '1.5'"),
-        (["--gpus", "none"], "must be an integer of at least 1, got 'none'"),
+        (["--seq-len", "1.5"], "must be an integer from 1 to 9,007,199,254,740,992, got '1.5'"),
+        (["--gpus", "none"], "must be an integer from 1 to 9,007,199,254,740,992, got 'none'"),
         (["--gpus", "4", "--data-parallel-size", "3"], "gpus=4 and data_parallel_size=3"),
         (["--gpu", "h20"], "got 'h20'"),
         (["--option", "dropout"], "--option must be NAME=VALUE, got 'dropout'"),
         (["--option", "drop=1"], "no option 'drop'"),
         (["--option", "segment_lengths=9,"], "got segment_lengths=(9,) and"),
-        (["--chunk-size", "-1"], "chunk_size must be at least 1 token, got -1"),
+        (["--seq-len", "nan"], "must be an integer from 1 to 9,007,199,254,740,992, got 'nan'"),
+        (["--seq-len", "1e18"], "got '1e18'"),
+        (["--gpus", "1e9"], "gpus must be at most 4,096, got 1,000,000,000"),
+        (["--option", "embed_dim=1e400"], "--option takes finite numbers, got '1e400'"),
+        (["--chunk-size", "-1"], "must be an integer from 0 to 9,007,199,254,740,992, got '-1'"),
         (["--no-memory-saving", "--offload"], "--offload need --memory-saving"),
         (["--output", "plan.png"], "must have a name and no suffix, got plan.png"),
     ],

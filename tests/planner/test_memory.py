@@ -8,11 +8,13 @@ from benchmarks.memory import training_step_peak_mib
 from longnet_zoo.factory import create_model
 from longnet_zoo.layers import MemorySaving
 from longnet_zoo.planner import PRECISIONS, Part, activation_memory, describe
+from longnet_zoo.planner.logits import Call
 from tests.parallel.torchrun import check_case
 
 WHOLE, CHUNKS = MemorySaving(chunk_size=None), MemorySaving(chunk_size=512)
 KEPT = MemorySaving(chunk_size=512, keep_attention=True)
 NESTED = {"segment_lengths": (256, 512, 1024), "dilation_rates": (1, 2, 4)}
+SHORT = {"segment_lengths": (128, 256), "dilation_rates": (1, 2)}
 RUNS = [
     ("longnet_lm_tiny", {}, 2048, None, "32-true"),
     ("longnet_lm_tiny", {}, 4001, WHOLE, "32-true"),
@@ -32,11 +34,24 @@ RUNS = [
         "bf16-true",
     ),
     ("longnet_lm_base", {"num_layers": 1}, 515, WHOLE, "32-true"),
+    # Few rows against the width: gradients of matrices, added up over chunks and over spans.
+    ("longnet_lm_base", {}, 600, CHUNKS, "32-true"),
+    ("longnet_lm_base", {}, 1100, CHUNKS, "32-true"),
+    ("longnet_lm_base", {"activation": "swiglu"}, 600, CHUNKS, "32-true"),
+    ("longnet_lm_base", SHORT, 1100, MemorySaving(chunk_size=256), "32-true"),
+    # Logits of a bias.
+    ("longnet_lm_tiny", {"position": "alibi"}, 2003, None, "32-true"),
+    ("longnet_lm_tiny", {"position": "relative"}, 4001, CHUNKS, "bf16-true"),
+    ("longnet_mlm_tiny", {"position": "alibi", **NESTED}, 2003, WHOLE, "32-true"),
 ]
 CASES = [
     "dilated",
     "dilated_with_shared_keys_in_chunks",
     "dilated_run_again_in_half",
+    "dilated_with_attention_kept",
+    "dilated_with_bias",
+    "ring_with_attention_kept",
+    "ring_with_bias",
     "ring_in_chunks",
     "ring_zigzag",
     "all_to_all",
@@ -98,7 +113,8 @@ def test_each_saving_saves():
     )
     assert plain.peak > whole.peak > chunks.peak > offloaded.peak
     assert kept.peak > chunks.peak
-    assert chunks.kept - offloaded.kept == 2**16 * 12 * 768 * 4
+    assert chunks.kept - offloaded.kept == offloaded.offloaded == 2**16 * 12 * 768 * 4
+    assert chunks.offloaded == 0
 
 
 def test_a_sequence_that_ranks_share_is_attended_to_as_a_whole():
@@ -107,3 +123,10 @@ def test_a_sequence_that_ranks_share_is_attended_to_as_a_whole():
     received = plan(is_split=True, gathered=1000, exchanged=10_000).peak
     assert received == plan(is_split=True).peak + 11_000
     assert plan(whole_rows=2**17).peak == plan().peak + 2 * 2**17 * 128 * 4
+
+
+def test_a_bias_makes_no_logits_in_triton():
+    plan = partial(planned, "longnet_lm_tiny", {"position": "alibi"}, 4001, CHUNKS, "bf16-mixed")
+    assert plan(device="cpu").peak > 1.5 * plan(device="cuda").peak
+    block = Call(batch=1, rows=2000, keys=2000, heads=4, is_causal=False)
+    assert plan(device="cuda", calls=(block,)).peak > 1.5 * plan(device="cuda").peak

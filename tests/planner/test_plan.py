@@ -53,7 +53,8 @@ def test_flops_are_those_of_the_model():
 
 
 def test_what_attention_returned_does_not_travel_again_if_it_is_kept():
-    config = replace(BASE, memory_saving=MemorySaving())
+    # Segments cross the borders of the parts.
+    config = replace(BASE, seq_len=2**20 + 4 * 999, gpus=4, memory_saving=MemorySaving())
     again = methods(config)
     kept = methods(replace(config, memory_saving=MemorySaving(keep_attention=True)))
     for name in ("dilated", "ring", "all_to_all"):
@@ -112,6 +113,7 @@ def test_what_cannot_serve_is_refused():
     assert "256 processes and num_heads=12" in found["all_to_all"].refusal
     xpos = methods(replace(BASE, options={}))
     assert "segment of 1048576 positions" in xpos["ring"].refusal
+    assert "Use --option position=rotary, --option xpos_scale_base=84" in xpos["ring"].refusal
     assert xpos["dilated"].refusal == ""  # its segments are shorter
     zero = methods(replace(BASE, options={"padded_keys": "zero"}))
     assert "padded_keys='zero'" in zero["ring"].refusal
@@ -120,17 +122,37 @@ def test_what_cannot_serve_is_refused():
 
 def test_a_bias_by_distance_takes_a_table_of_the_longest_segment():
     options = {"position": "alibi", "segment_lengths": (2048, 2**20), "dilation_rates": (1, 512)}
-    biased = methods(replace(BASE, options=options))["dilated"].memory.activations
-    plain = methods(replace(BASE, options={**options, "position": None}))["dilated"]
+    plain = {**options, "position": None}
+    more = [
+        methods(replace(BASE, options=options, gpus=gpus))["dilated"].memory.activations
+        - methods(replace(BASE, options=plain, gpus=gpus))["dilated"].memory.activations
+        for gpus in (1, 8)
+    ]
     table = 4 * 12 * (2 * 2**20 - 1)
-    assert biased == plain.memory.activations + 2 * table
+    # Ranks that share segments need a kernel that makes logits.
+    assert more[0] == 2 * table < more[1]
 
 
 def test_longest_sequence_is_found_to_one_percent():
     for limit in (1, 7, 12_345, 10**9):
         found = _longest(lambda n, limit=limit: n <= limit, 1000)
         assert limit - max(1, limit // 100) <= found <= limit
-    assert _longest(lambda n: False, 1000) == 0
+    asked = []
+    assert _longest(lambda n: asked.append(n), 1000) == 0
+    assert min(asked) == 1
+
+
+def test_a_model_that_never_fits_has_no_longest_sequence():
+    plan = plan_step(PlanConfig(model="longnet_lm_2b7", seq_len=512, gpu="a100-40gb"))
+    assert [method.longest_seq_len for method in plan.methods] == [0, 0, 0]
+    assert not any(method.fits for method in plan.methods)
+
+
+def test_what_waits_in_the_memory_of_the_cpu_is_no_memory_of_the_gpu():
+    memory = methods(replace(BASE, memory_saving=MemorySaving(offload=True)))["dilated"].memory
+    assert memory.offloaded == 12 * 2**20 // 8 * 768 * 4
+    assert memory.total < methods(BASE)["dilated"].memory.total - memory.offloaded // 2
+    assert methods(BASE)["dilated"].memory.offloaded == 0
 
 
 def test_longest_sequence_fits_and_a_longer_one_does_not():
@@ -144,6 +166,8 @@ def test_longest_sequence_fits_and_a_longer_one_does_not():
     [
         ({"seq_len": 0}, "seq_len must be an integer of at least 1, got 0"),
         ({"gpus": 1.5}, "gpus must be an integer of at least 1, got 1.5"),
+        ({"gpus": 2**13}, "gpus must be at most 4,096, got 8,192"),
+        ({"seq_len": 10**18}, "seq_len must be at most 9,007,.*got 1,000,000,000,000,000,000"),
         ({"data_parallel_size": 3}, "gpus=8 and data_parallel_size=3"),
         ({"precision": "fp8"}, r"precision must be one of .*got 'fp8'"),
         ({"layout": "spiral"}, "layout must be one of .*'spiral'"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from longnet_zoo.cli import main
+from longnet_zoo.planner.command import _rounded
 from tests.parallel.torchrun import ROOT, torchrun
 
 PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
@@ -17,7 +18,8 @@ COMMANDS = re.findall(r"^longnet-zoo (plan .*)$", PAGE, flags=re.MULTILINE)
 def row_of(plan):
     """The line of the page's table for a plan."""
     dilated, config = plan["methods"][0], plan["config"]
-    memory = sum(dilated["memory"].values()) / 2**30
+    sizes = dilated["memory"]
+    memory = (sum(sizes.values()) - sizes["offloaded"]) / 2**30
     time = dilated["time"]["compute_s"] + dilated["time"]["exposed_s"]
     cells = [
         f"{config['seq_len']:,}",
@@ -26,7 +28,7 @@ def row_of(plan):
         f"{dilated['forward_bytes'] / 2**20:.1f} MiB",
         f"{dilated['flops']:.2g}",
         f"{time:.2g} s",
-        f"{float(format(dilated['longest_seq_len'], '.2g')):,.0f}",
+        f"{_rounded(dilated['longest_seq_len']):,}",
     ]
     return f"| {' | '.join(cells)} |"
 
