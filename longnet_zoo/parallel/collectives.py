@@ -33,25 +33,26 @@ def all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", group.group_name))
 
 
+# Graphs keep groups by name: one that is kept beyond its end can abort the process at its exit.
 class _AllSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+        ctx.group_name = group.group_name
         return all_reduced(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduced(grad, ctx.group), None
+        return all_reduced(grad, group_named(ctx.group_name)), None
 
 
 class _SwapRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+        ctx.group_name = group.group_name
         received = torch.empty_like(x, memory_format=torch.contiguous_format)
         dist.all_to_all_single(received, x.contiguous(), group=group)
         return received
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _SwapRows.apply(grad, ctx.group), None
+        return _SwapRows.apply(grad, group_named(ctx.group_name)), None

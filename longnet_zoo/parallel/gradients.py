@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .collectives import all_reduced
+from .collectives import all_reduced, group_named
 
 __all__ = ["GradientAverager", "with_mean_gradient"]
 
@@ -38,7 +38,8 @@ class GradientAverager:
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup) -> None:
-        self._model, self._group = model, group
+        # By name: a group that is kept beyond its end can abort the process at its exit.
+        self._model, self._group_name = model, group.group_name
         self._known = WeakTensorKeyDictionary()
 
     def __call__(self, *_: Any) -> None:
@@ -57,14 +58,15 @@ class GradientAverager:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientAverager:
         """Copies with the model, for the same processes."""
-        return GradientAverager(deepcopy(self._model, memo), self._group)
+        return GradientAverager(deepcopy(self._model, memo), group_named(self._group_name))
 
     def _average(self, grad: Tensor) -> Tensor:
-        return _mean(grad, self._group)
+        return _mean(grad, group_named(self._group_name))
 
     def _check_sharded(self, name: str, parameter: DTensor) -> None:
         averaged = set(parameter.device_mesh.mesh.flatten().tolist())
-        missing = set(dist.get_process_group_ranks(self._group)) - averaged
+        group = group_named(self._group_name)
+        missing = set(dist.get_process_group_ranks(group)) - averaged
         if missing:
             raise ValueError(
                 "FSDP2 must average gradients over the processes that share a sequence as well, "
@@ -77,12 +79,12 @@ class GradientAverager:
 class _WithMeanGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+        ctx.group_name = group.group_name
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _mean(grad, ctx.group), None
+        return _mean(grad, group_named(ctx.group_name)), None
 
 
 def _mean(grad: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longnet_zoo.ops.cross_entropy import Reduction, linear_cross_entropy
 
-from .collectives import all_sum
+from .collectives import all_sum, group_named
 
 __all__ = ["ParallelCrossEntropy"]
 
@@ -25,7 +25,7 @@ class ParallelCrossEntropy:
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+        self._group_name = group.group_name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelCrossEntropy:
         """Serves copies of a model as well: processes are not copied."""
@@ -55,9 +55,10 @@ class ParallelCrossEntropy:
         )
         if reduction == "none":
             return loss
-        total = all_sum(loss, self._group)
+        group = group_named(self._group_name)
+        total = all_sum(loss, group)
         if reduction == "sum":
             return total
         count = (labels != ignore_index).sum()
-        dist.all_reduce(count, group=self._group)
+        dist.all_reduce(count, group=group)
         return total / count.clamp(min=1)

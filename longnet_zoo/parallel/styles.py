@@ -24,6 +24,7 @@ from longnet_zoo.ops.pattern import DilatedPattern
 
 from .agreement import check_alike
 from .all_to_all import all_to_all_attention, check_num_heads
+from .collectives import group_named
 from .dilated import parallel_dilated_attention
 from .gradients import with_mean_gradient
 from .layout import (
@@ -250,13 +251,13 @@ class SharedDraw(nn.Module):
     def __init__(self, draw: nn.Module, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.draw = draw
-        self._group = group
+        self._group_name = group.group_name
 
     def forward(self, x: Tensor) -> Tensor:
         """Draws and shares; there is nothing to share in evaluation."""
         drawn = self.draw(x)
         if self.training:
-            dist.broadcast(drawn, group=self._group, group_src=0)
+            dist.broadcast(drawn, group=group_named(self._group_name), group_src=0)
         return drawn
 
 

@@ -55,13 +55,13 @@ def solvers(monkeypatch):
     """Lets Triton merge on a CPU too; returns the solvers that were taken."""
     monkeypatch.setattr(custom_op, "can_merge", lambda _: True)
     taken = []
-    solver = custom_op.Options._solver
+    solver = custom_op.Options.solver
 
     def recorded(self, *arguments, **options):
         taken.append(solver(self, *arguments, **options))
         return taken[-1]
 
-    monkeypatch.setattr(custom_op.Options, "_solver", recorded)
+    monkeypatch.setattr(custom_op.Options, "solver", recorded)
     return taken
 
 

@@ -119,6 +119,7 @@ def main(module: str, output: str) -> None:
         results[name] = next((text for text in errors if text is not None), None)
         if dist.get_rank() == 0:
             Path(output).write_text(json.dumps(results))
+    dist.barrier()  # a rank that leaves first can abort one that still works
     dist.destroy_process_group()
 
 
