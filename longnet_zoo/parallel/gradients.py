@@ -89,5 +89,5 @@ class _WithMeanGradient(torch.autograd.Function):
 
 def _mean(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
     # Half types travel as float32.
-    total = all_reduced(grad.to(torch.promote_types(grad.dtype, torch.float32)), group)
+    total = all_reduced(grad.to(torch.promote_types(grad.dtype, torch.float32)), group.group_name)
     return (total / group.size()).to(grad.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longnet_zoo.ops.cross_entropy import Reduction, linear_cross_entropy
 
-from .collectives import all_sum, group_named
+from .collectives import all_reduced, all_sum
 
 __all__ = ["ParallelCrossEntropy"]
 
@@ -55,10 +55,8 @@ class ParallelCrossEntropy:
         )
         if reduction == "none":
             return loss
-        group = group_named(self._group_name)
-        total = all_sum(loss, group)
+        total = all_sum(loss, self._group_name)
         if reduction == "sum":
             return total
-        count = (labels != ignore_index).sum()
-        dist.all_reduce(count, group=group)
+        count = all_reduced((labels != ignore_index).sum(), self._group_name)
         return total / count.clamp(min=1)
