@@ -25,7 +25,7 @@ from longnet_zoo.ops.pattern import DilatedPattern
 
 from .collectives import swap_rows
 from .layout import gather_rows
-from .sequences import check_bounds, check_mask
+from .sequences import check_bias, check_bounds, check_mask
 
 __all__ = ["all_to_all_attention", "check_num_heads"]
 
@@ -57,11 +57,7 @@ def all_to_all_attention(
     """
     group = mesh.get_group()
     check_num_heads(q.shape[2], group.size())
-    if isinstance(bias, Tensor):
-        raise NotImplementedError(
-            "bias must be a function of distances where processes share a sequence, got a tensor "
-            f"{tuple(bias.shape)}."
-        )
+    check_bias(bias)
     num_heads = q.shape[2]
     q, k, v = _heads_of_process(q, k, v, group)
     heads = slice(group.rank() * q.shape[2], (group.rank() + 1) * q.shape[2])

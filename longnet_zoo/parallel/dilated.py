@@ -34,7 +34,7 @@ from .exchange import (
     plan_exchange,
     regions_of,
 )
-from .sequences import FoundSequences, SplitSequences, find_sequences
+from .sequences import FoundSequences, SplitSequences, check_bias, find_sequences
 from .shared_softmax import SharedSoftmax
 
 __all__ = ["parallel_dilated_attention"]
@@ -93,11 +93,7 @@ def parallel_dilated_attention(
         TypeError: As `dilated_attention`.
         NotImplementedError: As `dilated_attention`; or `bias` is a tensor of pairs.
     """
-    if isinstance(bias, Tensor):
-        raise NotImplementedError(
-            "bias must be a function of distances where processes share a sequence, got a tensor "
-            f"{tuple(bias.shape)}: each process has a part of the keys only."
-        )
+    check_bias(bias)
     group = mesh.get_group()
     if found is None:
         check_alike(q, group, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens)

@@ -28,7 +28,7 @@ from .band import Sight
 from .collectives import group_named
 from .layout import Layout, gather_rows, positions_of, runs_of
 from .ring_softmax import RingSoftmax, Span
-from .sequences import check_bounds
+from .sequences import check_bias, check_bounds
 
 __all__ = ["ring_attention"]
 
@@ -131,11 +131,7 @@ def ring_attention(
 
 
 def _check(bias: DistanceBias | None, is_causal: bool, max_lookback: int | None) -> None:
-    if isinstance(bias, Tensor):
-        raise NotImplementedError(
-            "bias must be a function of distances, got a tensor of the shape "
-            f"{tuple(bias.shape)}: no rank sees all pairs of the sequence."
-        )
+    check_bias(bias)
     if max_lookback is not None and (max_lookback < 1 or not is_causal):
         raise ValueError(
             "max_lookback counts the keys up to the query's own, so it must be at least 1 and "

@@ -21,6 +21,7 @@ from .layout import gather_rows
 __all__ = [
     "FoundSequences",
     "SplitSequences",
+    "check_bias",
     "check_bounds",
     "check_mask",
     "check_whole_bounds",
@@ -151,6 +152,15 @@ def find_sequences(
     if bool(is_right.all()):
         return FoundSequences(split(lengths=tuple(lengths.tolist())), None)
     return FoundSequences(split(lengths=all_tokens), key_padding_mask)
+
+
+def check_bias(bias: object) -> None:
+    """Refuses a bias by pairs of positions; raises NotImplementedError."""
+    if isinstance(bias, Tensor):
+        raise NotImplementedError(
+            "bias must be a function of distances where processes share a sequence, got a tensor "
+            f"of the shape {tuple(bias.shape)}: each process has a part of the keys only."
+        )
 
 
 def check_mask(key_padding_mask: Tensor, batch: int, part_length: int) -> None:
