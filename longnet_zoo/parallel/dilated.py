@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -143,10 +144,8 @@ def _problem(
     **direction: bool,
 ) -> SharedSoftmax:
     group = group_named(group_name)
-    part, num_parts = group.rank(), group.size()
-    sequences = SplitSequences(
-        part_length=q.shape[1], num_parts=num_parts, lengths=tuple(lengths), bounds=tuple(bounds)
-    )
+    part = group.rank()
+    sequences = _sequences(q, lengths, bounds, group)
     plan = plan_exchange(
         sequences,
         part,
@@ -177,6 +176,17 @@ def _problem(
     )
     return replace(
         problem, own=_own_problem(problem, sequences, options, call, q.shape[2], k.shape[2])
+    )
+
+
+def _sequences(
+    q: Tensor, lengths: Sequence[int], bounds: Sequence[int], group: dist.ProcessGroup
+) -> SplitSequences:
+    return SplitSequences(
+        part_length=q.shape[1],
+        num_parts=group.size(),
+        lengths=tuple(lengths),
+        bounds=tuple(bounds),
     )
 
 
@@ -275,14 +285,8 @@ def _regions(
 ) -> tuple[Region, ...]:
     """Lists what travels to this process."""
     group = group_named(group_name)
-    sequences = SplitSequences(
-        part_length=q.shape[1],
-        num_parts=group.size(),
-        lengths=tuple(lengths),
-        bounds=tuple(bounds),
-    )
     return regions_of(
-        sequences.groups(group.rank()),
+        _sequences(q, lengths, bounds, group).groups(group.rank()),
         options.pattern,
         num_heads=q.shape[2],
         num_kv_heads=k.shape[2],
