@@ -232,7 +232,7 @@ def _info(options: argparse.Namespace) -> None:
     for name, value in [*_facts(info).items(), *map(_weights_fact, info.weights)]:
         facts.add_row(name, value)
     config = Table("option", "default", box=box.SIMPLE_HEAD)
-    for name, value in asdict(info.config).items():
+    for name, value in info.config.options().items():
         config.add_row(name, " ".join(map(str, value)) if isinstance(value, tuple) else str(value))
     console = Console()
     console.print(facts)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from longnet_zoo.models import config_from_json  # registers every model
+from longnet_zoo.models import ZooConfig, config_from_json  # registers every model
 from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.registry import (
     ModelEntry,
@@ -102,7 +102,8 @@ def create_model(
         token: Token for the Hub; None: the one of `hf auth login`.
         local_files_only: Whether to take only what was downloaded before, as with
             `HF_HUB_OFFLINE=1`.
-        **options: Fields of the model's config that differ from its defaults.
+        **options: Fields of the model's config that differ from its defaults. For a part that has
+            a config of its own, a mapping with what differs there: `image={"img_size": 128}`.
 
     Returns:
         The model, in training mode.
@@ -120,13 +121,13 @@ def create_model(
         >>> logits = model(torch.randint(1000, (1, 4096)))
     """
     entry = find_model(name)
-    _check_names(entry, options)
+    _check_names(name, entry.config, options)
     download = DownloadOptions(
         revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
     )
     weights = find_weights(entry, pretrained, download)
     if weights is None:
-        return entry.build(replace(entry.config, **options))
+        return entry.build(entry.config.changed(options))
     return _build_with(entry, weights, options)
 
 
@@ -190,32 +191,36 @@ def model_info(name: str, seq_len: int | None = None) -> ModelInfo:
     )
 
 
-def _check_names(entry: ModelEntry, options: Mapping[str, Any]) -> None:
-    valid = [field.name for field in fields(entry.config)]
-    for option in options:
+def _check_names(name: str, config: ZooConfig, options: Mapping[str, Any]) -> None:
+    valid = [field.name for field in fields(config)]
+    for option, value in options.items():
         if option not in valid:
             near = nearest_names(option, valid)
             cure = f"Did you mean {near}? " if near else ""
-            raise TypeError(
-                f"{entry.name} has no option {option!r}. {cure}Options: {', '.join(valid)}."
-            )
+            raise TypeError(f"{name} has no option {option!r}. {cure}Options: {', '.join(valid)}.")
+        part = getattr(config, option)
+        if isinstance(value, Mapping) and isinstance(part, ZooConfig):
+            _check_names(f"{option} of {name}", part, value)
 
 
 def _build_with(entry: ModelEntry, weights: FoundWeights, options: Mapping[str, Any]) -> nn.Module:
     """Makes a model with weights; what the user asks for wins over what they were trained with."""
     converter, state_dict = CONVERTERS.get(entry.family), weights.state_dict
-    chosen = {**weights.options, **options}
     if weights.config is not None:
         config = config_from_json(type(_build_empty(entry)), weights.config)
-        config = replace(config, **chosen)
+        config = config.changed(weights.options).changed(options)
         _check_sizes(entry, config, options, weights.source)
     else:
-        config = replace(entry.config, **chosen)
+        config = entry.config.changed(weights.options).changed(options)
         if converter is not None:
             trained = options_of_names(
-                converter, state_dict, config, given=chosen, source=weights.source
+                converter,
+                state_dict,
+                config,
+                given={**weights.options, **options},
+                source=weights.source,
             )
-            config = replace(config, **trained)
+            config = config.changed(trained)
     if converter is not None and converter.is_published(state_dict):
         state_dict = converter.from_published(state_dict, config)
     model = entry.build(config)
@@ -225,12 +230,17 @@ def _build_with(entry: ModelEntry, weights: FoundWeights, options: Mapping[str, 
 
 def _check_sizes(entry: ModelEntry, config: Any, options: Mapping[str, Any], source: str) -> None:
     """Refuses a folder with the sizes of another model than the one asked for."""
-    found = {name: getattr(config, name) for name in _SIZES if name not in options}
-    wanted = {name: getattr(entry.config, name) for name in found}
-    if found != wanted:
+    sizes, found = entry.config.changed(options).options(), config.options()
+    differing = [
+        name
+        for name, size in sizes.items()
+        if name.split(".")[-1] in _SIZES and found.get(name) != size
+    ]
+    if differing:
+        wanted, got = ({name: x.get(name) for name in differing} for x in (sizes, found))
         raise ValueError(
             f"weights for {entry.name!r} must have {as_arguments(wanted)}, {source} has "
-            f"{as_arguments(found)}. Pass these as options, or call "
+            f"{as_arguments(got)}. Pass these as options, or call "
             f"{type(_build_empty(entry)).__name__}.from_pretrained on a folder."
         )
 

@@ -176,8 +176,7 @@ def _flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         default = find_model(name).config
         # Unknown options are refused by the model. The config writes the others in one way.
         known = {field.name for field in dataclasses.fields(default)} & options.keys()
-        config = dataclasses.replace(default, **{key: options[key] for key in known})
-        options = dataclasses.asdict(config)
+        options = default.changed({key: options[key] for key in known}).options()
     # The recipes keep the number of classes by themselves.
     for key in (*_FREE_OPTIONS, "num_classes"):
         options.pop(key, None)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 import longnet_zoo as lz
+from longnet_zoo.models import ZooConfig
 from longnet_zoo.registry import find_model, registered_models
 
 __all__ = ["changed_options", "check_modality", "create_classifier"]
@@ -67,10 +68,18 @@ def changed_options(model: nn.Module, name: str) -> dict[str, Any]:
         The fields of its config that differ from the registered one; the number of classes, which
         recipes keep by themselves, is left out.
     """
-    default = dataclasses.asdict(find_model(name).config)
-    options = dataclasses.asdict(model.config)
-    return {
-        key: value
-        for key, value in options.items()
-        if key != "num_classes" and value != default[key]
-    }
+    changed = _changed(model.config, find_model(name).config)
+    changed.pop("num_classes", None)
+    return changed
+
+
+def _changed(config: ZooConfig, default: ZooConfig) -> dict[str, Any]:
+    """Returns the fields that differ; those of a part of the model as a dict of their own."""
+    changed = {}
+    plain = dataclasses.asdict(config)
+    for name, value in plain.items():
+        mine, usual = getattr(config, name), getattr(default, name)
+        if mine != usual:
+            is_part = isinstance(mine, ZooConfig) and type(mine) is type(usual)
+            changed[name] = _changed(mine, usual) if is_part else value
+    return changed

@@ -2,7 +2,7 @@
 
 from .base import ZooModel, config_from_json
 from .beit3 import BEiT3, BEiT3Config
-from .config import ModelConfig
+from .config import ModelConfig, ZooConfig
 from .longvit import LongViT, LongViTConfig
 from .pixels import SlidePixels
 from .slide_config import GigaPathSlideConfig, slide_segment_lengths
@@ -27,6 +27,7 @@ __all__ = [
     "SlidePixels",
     "TextConfig",
     "TextModel",
+    "ZooConfig",
     "ZooModel",
     "config_from_json",
     "slide_segment_lengths",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from longnet_zoo.layers import MemorySaving, Multiway, RelativeBias, TransformerStack
 
-from .config import ModelConfig
+from .config import ModelConfig, ZooConfig
 
 __all__ = ["ZooModel", "config_from_json", "make_stack"]
 
@@ -24,7 +24,7 @@ ModelT = TypeVar("ModelT", bound="ZooModel")
 
 
 class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
-    """Base of every model: made from a config, with its body as `stack`.
+    """Base of every model: made from a config, with one or more Transformer stacks inside.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` are huggingface_hub's. They keep the
     config beside the weights; loading is strict, gives a model in evaluation mode, and any option
@@ -37,10 +37,11 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
         TypeError: If the config is that of another family.
     """
 
-    config_class: ClassVar[type[ModelConfig]]
-    stack: TransformerStack
+    config_class: ClassVar[type[ZooConfig]]
+    config: ZooConfig
+    stack: TransformerStack  # where there is one
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ZooConfig) -> None:
         super().__init__()
         if not isinstance(config, self.config_class):
             raise TypeError(
@@ -61,11 +62,13 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
         Example:
             >>> model.set_memory_saving(MemorySaving(chunk_size=8192, offload=True))
         """
-        self.stack.set_memory_saving(saving)
+        for stack in self._stacks():
+            stack.set_memory_saving(saving)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Chooses whether whole blocks are computed again in the backward pass, by timm's name."""
-        self.stack.set_grad_checkpointing(enable)
+        for stack in self._stacks():
+            stack.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
         """Names the parameters for which weight decay makes no sense: norms, biases, positions."""
@@ -80,19 +83,27 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops(self, seq_len: int) -> int:
-        """Counts the FLOPs of the stack over one sequence, a multiply-add as two.
+        """Counts the FLOPs of the stack `self.stack` over one sequence, a multiply-add as two.
 
         Matrix products of all linear layers, and attention by its attended pairs; norms,
         activations and softmax are left out.
 
         Args:
             seq_len: Number of tokens.
+
+        Raises:
+            NotImplementedError: If the model is made of several parts and does not say.
         """
         config = self.config
+        if not isinstance(config, ModelConfig):
+            raise NotImplementedError(f"{type(self).__name__} must define flops(seq_len).")
         attention, _ = config.pattern.flops(
             seq_len, config.num_heads, config.head_dim, is_causal=config.is_causal
         )
         return 2 * _linear_weights(self.stack) * seq_len + config.num_layers * attention
+
+    def _stacks(self) -> list[TransformerStack]:
+        return [module for module in self.modules() if isinstance(module, TransformerStack)]
 
     def save_pretrained(
         self, save_directory: str | Path, *, config: Any = None, **options: Any
@@ -159,7 +170,7 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
         cls: type[ModelT],
         *,
         model_id: str,
-        config: Mapping[str, Any] | ModelConfig | None = None,
+        config: Mapping[str, Any] | ZooConfig | None = None,
         map_location: str = "cpu",
         revision: str | None,
         cache_dir: str | Path | None,
@@ -188,7 +199,7 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
                 f"{find(constants.CONFIG_NAME)} does not exist, so the sizes are unknown. Use "
                 "longnet_zoo.create_model(name, pretrained=...), or pass config=..."
             )
-        if not isinstance(config, ModelConfig):
+        if not isinstance(config, ZooConfig):
             config = config_from_json(cls, config)
         unknown = sorted(options.keys() - {field.name for field in fields(config)})
         if unknown:
@@ -197,7 +208,7 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
                 f"config are {', '.join(field.name for field in fields(config))}."
             )
         weights = load_file(find(constants.SAFETENSORS_SINGLE_FILE))
-        model = cls(replace(config, **options))
+        model = cls(config.changed(options))
         try:
             model.load_state_dict(weights, strict=True)
         except RuntimeError as error:
@@ -209,7 +220,7 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
         return model.to(map_location).eval()
 
 
-def config_from_json(model_class: type[ZooModel], content: Mapping[str, Any]) -> ModelConfig:
+def config_from_json(model_class: type[ZooModel], content: Mapping[str, Any]) -> ZooConfig:
     """Makes the config of a model from what `save_pretrained` wrote.
 
     Args:
@@ -223,12 +234,7 @@ def config_from_json(model_class: type[ZooModel], content: Mapping[str, Any]) ->
         ValueError: If it is the config of another model, or has a field that is unknown.
     """
     known = {field.name for field in fields(model_class.config_class)}
-    # JSON has no tuples.
-    options: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in content.items()
-        if key != _MODEL_KEY
-    }
+    options = {key: value for key, value in content.items() if key != _MODEL_KEY}
     unknown = sorted(options.keys() - known)
     if content.get(_MODEL_KEY) != model_class.__name__ or unknown:
         raise ValueError(
@@ -237,7 +243,7 @@ def config_from_json(model_class: type[ZooModel], content: Mapping[str, Any]) ->
             "with the class that saved it, or pass weights.read_state_dict(file) as pretrained to "
             "longnet_zoo.create_model."
         )
-    return model_class.config_class(**options)
+    return model_class.config_class.from_json(options)
 
 
 def make_stack(config: ModelConfig, **options: Any) -> TransformerStack:

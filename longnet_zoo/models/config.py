@@ -1,9 +1,10 @@
-"""The options that every model has: sizes and switches of its Transformer stack, checked."""
+"""The options of models, checked: what all configs can do, and those of a Transformer stack."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 from longnet_zoo.layers import Activation, Norm
 from longnet_zoo.ops.kernels import BACKENDS
@@ -18,11 +19,70 @@ from .checks import (
     check_probabilities,
 )
 
-__all__ = ["ModelConfig"]
+__all__ = ["ModelConfig", "ZooConfig"]
+
+ConfigT = TypeVar("ConfigT", bound="ZooConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ZooConfig:
+    """Base of all configs. A field is a plain value, or the config of a part of the model."""
+
+    @property
+    def pattern(self) -> DilatedPattern:
+        """The attention pattern; that of the main part where there are several."""
+        raise NotImplementedError(f"{type(self).__name__} must define pattern.")
+
+    @property
+    def usual_seq_len(self) -> int:
+        """A typical number of tokens, what `model_info` counts FLOPs for."""
+        return self.pattern.segment_lengths[-1]
+
+    def changed(self: ConfigT, options: Mapping[str, Any]) -> ConfigT:
+        """Makes a config with other options.
+
+        Args:
+            options: Values by name of the field. For a part of the model a mapping changes only
+                the options that it names.
+        """
+        parts = {
+            name: getattr(self, name).changed(value)
+            for name, value in options.items()
+            if isinstance(value, Mapping) and isinstance(getattr(self, name, None), ZooConfig)
+        }
+        return replace(self, **{**options, **parts})
+
+    def options(self) -> dict[str, Any]:
+        """Lists all options by name; those of a part of the model as `"part.name"`."""
+        found: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, ZooConfig):
+                inner = value.options().items()
+                found |= {f"{field.name}.{name}": option for name, option in inner}
+            else:
+                found[field.name] = value
+        return found
+
+    @classmethod
+    def from_json(cls: type[ConfigT], content: Mapping[str, Any]) -> ConfigT:
+        """Makes a config from what JSON keeps of it, which has no tuples.
+
+        Args:
+            content: Values by name of the field.
+
+        Raises:
+            ValueError: If a field is unknown.
+        """
+        hints, known = get_type_hints(cls), {field.name for field in fields(cls)}
+        unknown = sorted(content.keys() - known)
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no fields {unknown}, it has {sorted(known)}.")
+        return cls(**{name: _from_json(hints[name], value) for name, value in content.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(ZooConfig):
     """Options of a Transformer stack.
 
     Attributes:
@@ -96,11 +156,6 @@ class ModelConfig:
         """Channels per head."""
         return self.embed_dim // self.num_heads
 
-    @property
-    def usual_seq_len(self) -> int:
-        """A typical number of tokens, what `model_info` counts FLOPs for."""
-        return self.pattern.segment_lengths[-1]
-
     def _pattern(self, segment_lengths: tuple[int, ...]) -> DilatedPattern:
         return DilatedPattern(
             segment_lengths=segment_lengths,
@@ -108,3 +163,16 @@ class ModelConfig:
             head_offset=self.head_offset,
             padded_keys=self.padded_keys,
         )
+
+
+def _from_json(hint: Any, value: Any) -> Any:
+    """Makes the value of a field with this annotation."""
+    if isinstance(value, Mapping):
+        for kind in (hint, *get_args(hint)):
+            if isinstance(kind, type) and issubclass(kind, ZooConfig):
+                return kind.from_json(value)
+    return _tuples(value)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
