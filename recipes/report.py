@@ -177,7 +177,7 @@ def report_html(
     ]
     body = [
         f"<h1>{html.escape(title)}</h1>",
-        "<p>Held-out text is whole files that training never saw. Lower is better.</p>",
+        "<p>Held-out text was never seen in training. Lower is better.</p>",
         '<div class="cards">',
         *(f'<div class="card"><b>{value}</b><span>{name}</span></div>' for value, name in cards),
         "</div>",

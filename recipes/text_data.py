@@ -22,13 +22,14 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from longnet_zoo.tokenizers import load_tokenizer
+
 from .data_ranks import data_rank
 from .text_corpus import Corpus, CorpusSummary, Split
 from .text_loader import EvalLoader, TrainLoader
 from .text_packing import Objective, PackedDocuments, collate, window_size
 from .text_splits import SplitReader
 from .text_streaming import StreamingConfig, StreamingWindows, StreamLoader
-from .tokenizers import load_tokenizer
 
 __all__ = ["TextDataModule"]
 

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import longnet_zoo as lz
 from longnet_zoo.layers import MemorySaving
 from longnet_zoo.parallel import Layout
+from longnet_zoo.tokenizers import Tokenizer
 from recipes.callbacks import ExactResumption, Throughput
 from recipes.checkpoints import check_checkpoint
 from recipes.cli import run
@@ -31,7 +32,6 @@ from recipes.sampling import SamplingConfig, complete, printable
 from recipes.text_data import TextDataModule
 from recipes.text_packing import IGNORE_INDEX, Objective
 from recipes.text_parts import shard_batch
-from recipes.tokenizers import Tokenizer
 
 __all__ = ["TextLM", "main"]
 

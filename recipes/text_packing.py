@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tokenizers import Tokenizer
+from longnet_zoo.tokenizers import Tokenizer
 
 __all__ = [
     "IGNORE_INDEX",

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
+from longnet_zoo.tokenizers import Tokenizer
+
 from .text_corpus import Corpus, CorpusSummary, Split
 from .text_packing import Objective, PackedDocuments, Packer, window_size
 from .text_streaming import StreamingConfig
-from .tokenizers import Tokenizer
 
 __all__ = ["SplitReader", "cut_tail", "pack_front", "pack_splits"]
 

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
+from longnet_zoo.tokenizers import Tokenizer
+
 from .loader import EndlessLoader, batch_iterator
 from .text_corpus import Document, read_documents
 from .text_files import SourceFile
 from .text_loader import Batch, Collate
 from .text_packing import DocumentEncoder
-from .tokenizers import Tokenizer
 
 __all__ = ["StreamLoader", "StreamPosition", "StreamingConfig", "StreamingWindows"]
 

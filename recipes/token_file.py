@@ -29,12 +29,12 @@ import torch
 from torch.utils.data import Dataset
 
 from longnet_zoo.parallel import Layout, positions_of
+from longnet_zoo.tokenizers import load_tokenizer
 from recipes.cli import run
 from recipes.data_ranks import data_rank
 from recipes.loader import FILLER, EpochOrder, FixedLoader, SeededLoader, fair_order
 from recipes.text_lm import TextLM
 from recipes.text_packing import IGNORE_INDEX, Objective
-from recipes.tokenizers import load_tokenizer
 
 __all__ = ["TokenFileDataModule", "TokenWindows", "main", "open_tokens"]
 

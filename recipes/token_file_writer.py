@@ -15,10 +15,10 @@ from typing import BinaryIO, Literal
 import numpy as np
 from jsonargparse import auto_cli
 
+from longnet_zoo.tokenizers import Tokenizer, load_tokenizer
 from recipes.cli import report_error
 from recipes.text_corpus import Corpus, Split
 from recipes.text_packing import DocumentEncoder
-from recipes.tokenizers import Tokenizer, load_tokenizer
 
 __all__ = ["main", "write_token_files"]
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from longnet_zoo.tokenizers import ByteTokenizer
 from recipes.sampling import SamplingConfig, complete, draw, printable
 from recipes.text_lm import TextLM
-from recipes.tokenizers import ByteTokenizer
 from tests.recipes.text_runs import model_options
 
 

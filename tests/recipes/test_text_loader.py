@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from longnet_zoo.tokenizers import ByteTokenizer
 from recipes.text_loader import EvalLoader, TrainLoader
 from recipes.text_packing import Packer, collate
-from recipes.tokenizers import ByteTokenizer
 
 SEQ_LEN = 5
 BYTES = ByteTokenizer()

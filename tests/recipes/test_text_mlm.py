@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from longnet_zoo.tokenizers import ByteTokenizer
 from recipes.sampling import SamplingConfig, fill
 from recipes.text_data import TextDataModule
 from recipes.text_mlm import TextMLM, main
-from recipes.tokenizers import ByteTokenizer
 from tests.recipes.text_runs import (
     arguments,
     curve,

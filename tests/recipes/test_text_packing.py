@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longnet_zoo.tokenizers import ByteTokenizer
 from recipes.text_packing import (
     Packer,
     collate,
@@ -11,7 +12,6 @@ from recipes.text_packing import (
     read_window,
     window_size,
 )
-from recipes.tokenizers import ByteTokenizer
 
 EOD, MASK = 256, 257
 BYTES = ByteTokenizer()

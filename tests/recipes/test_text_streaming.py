@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from longnet_zoo.tokenizers import ByteTokenizer
 from recipes.text_corpus import read_documents
 from recipes.text_files import find_files
 from recipes.text_packing import collate
 from recipes.text_streaming import StreamingWindows, StreamLoader, StreamPosition
-from recipes.tokenizers import ByteTokenizer
 
 SEQ_LEN = 5
 BYTES = ByteTokenizer()

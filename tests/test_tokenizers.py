@@ -7,7 +7,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from recipes.tokenizers import ByteTokenizer, JsonTokenizer, load_tokenizer
+from longnet_zoo.tokenizers import ByteTokenizer, JsonTokenizer, load_tokenizer
 
 CORPUS = ["def f(x):\n    return x + 1\n", "naïve café — x² 🙂 zzz\n", "import os, sys\n" * 3]
 

@@ -1,8 +1,8 @@
 """Turns text into token ids: raw bytes, or any Hugging Face `tokenizer.json`.
 
-Both kinds offer the same attributes and methods (`Tokenizer`), so the data module, the metrics
-and the sampling code need not know which one is used. Byte vocabulary: ids 0-255 are the bytes,
-256 ends a document, 257 masks, 258 pads.
+Both kinds offer the same attributes and methods (`Tokenizer`), so data modules, metrics and
+sampling need not know which one is used. Byte vocabulary: ids 0-255 are the bytes, 256 ends a
+document, 257 masks, 258 pads.
 
 `token_bytes[i]` is the number of bytes of text that id `i` stands for (0 for special tokens).
 Bits per byte over some labels is `sum(loss in nats) / log(2) / token_bytes[labels].sum()`, which
@@ -42,7 +42,7 @@ _PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>", "<PAD>", "<|finetune_r
 
 
 class Tokenizer(Protocol):
-    """What the recipes ask of a tokenizer.
+    """What is asked of a tokenizer.
 
     Attributes:
         vocab_size: Number of token ids, special ones included; the model needs as many.
