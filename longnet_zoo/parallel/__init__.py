@@ -1,6 +1,7 @@
 """One sequence over many processes: schedules, layouts, and what switches them on."""
 
 from .all_to_all import all_to_all_attention
+from .contrastive import ParallelContrastiveLoss
 from .dilated import parallel_dilated_attention
 from .layout import (
     Layout,
@@ -20,6 +21,7 @@ from .tree import tree_attention
 __all__ = [
     "Layout",
     "ParallelAttention",
+    "ParallelContrastiveLoss",
     "ParallelStack",
     "ParallelTextLoss",
     "RingAttention",

@@ -27,6 +27,7 @@ __all__ = [
     "check_layout",
     "gather_rows",
     "gather_sequence",
+    "join_rows",
     "part_length",
     "positions_of",
     "runs_of",
@@ -195,7 +196,7 @@ def gather_sequence(
             f"seq_len={seq_len} needs parts of {part_length(seq_len, world_size, layout)} rows on "
             f"{world_size} ranks, got {length} rows. Pass what shard_sequence made, and its length."
         )
-    x = _Gather.apply(x.movedim(dim, 0), mesh.get_group().group_name, world_size)
+    x = join_rows(x.movedim(dim, 0), mesh.get_group().group_name, world_size)
     if layout == "striped":
         x = x.unflatten(0, (world_size, length)).transpose(0, 1).flatten(0, 1)
     elif layout == "zigzag":
@@ -204,9 +205,12 @@ def gather_sequence(
     return x[:seq_len].movedim(0, dim)
 
 
-class _Gather(torch.autograd.Function):
-    """Rows of all ranks, one after another; backward, the sum of what all ranks want of mine."""
+def join_rows(x: Tensor, group_name: str, world_size: int) -> Tensor:
+    """Joins equally many rows of each rank of a group; the gradient is as for `gather_sequence`."""
+    return _Gather.apply(x, group_name, world_size)
 
+
+class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str, world_size: int) -> Tensor:
         ctx.group, ctx.world_size = group, world_size
