@@ -1,4 +1,4 @@
-"""The command `longnet-zoo`: describe models, draw patterns, measure speed, plan long runs.
+"""The command `longnet-zoo`: describe models, draw patterns, measure speed, plan, fetch data.
 
 rich and matplotlib are imported inside the functions that need them.
 """
@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from longnet_zoo.bench import ComparisonConfig, run_bench
 from longnet_zoo.factory import ModelInfo, list_models, model_info
+from longnet_zoo.open_data import add_data_command
 from longnet_zoo.ops.kernels import BACKENDS
 from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.planner import add_plan_command
@@ -84,6 +85,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_plot_command(commands)
     _add_bench_command(commands)
     add_plan_command(commands)
+    add_data_command(commands)
     return parser
 
 

@@ -162,7 +162,7 @@ def test_plot_pattern_options_win(monkeypatch, tmp_path):
             "no model matches 'longnet_lm_tny'. Did you mean 'longnet_lm_tiny'",
         ),
         ("list zzz*", "no model matches 'zzz*'. `longnet-zoo list` shows all."),
-        ("list --modality smell", "must be one of 'slide', 'text', 'vision', 'vision-language', g"),
+        ("list --modality smell", "'slide', 'text', 'vision', 'vision-language', got 'smell'"),
         (
             "list *_lm_* --pretrained",
             "no model matches '*_lm_*', --pretrained True. `longnet-zoo l",
@@ -189,6 +189,7 @@ def test_plot_pattern_options_win(monkeypatch, tmp_path):
             "plot-pattern --segment-lengths 8 --dilation-rates 1 --heads 4 --output p.png",
             "between 0 and 3, got (4,)",
         ),
+        ("data ecoli-k21", "no data set is called 'ecoli-k21'. Did you mean 'ecoli-k12'"),
         ("bench --is-dilated 2", "argument --is-dilated/--is_dilated: invalid choice: 2"),
         ("bench --num_heads 5", "emb_dim must be a multiple of num_heads, got emb_dim=384 and num"),
         ("bench --device gpu", "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'gpu'"),

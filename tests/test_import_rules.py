@@ -21,12 +21,16 @@ ALLOWED = {
     "models": {"ops", "layers", "registry"},
     "weights": {"ops", "models", "registry"},
     "factory": {"ops", "models", "weights", "parallel", "registry"},
+    "open_data": {"registry"},
+    "tokenizers": set(),
+    "batch_tokenizer": {"tokenizers", "registry"},
+    "image_text": {"models", "factory", "registry"},
     "timm_registry": {"layers", "models", "weights", "factory", "registry"},
     "planner": {"ops", "layers", "parallel", "models", "factory", "bench", "registry"},
     "interop": {"ops", "layers", "models", "weights", "factory", "registry"},
     "plot": {"ops"},
     "bench": {"ops"},
-    "cli": {"ops", "bench", "plot", "factory", "planner", "weights", "registry"},
+    "cli": {"ops", "bench", "open_data", "plot", "factory", "planner", "weights", "registry"},
 }
 # The oracle shares no code with what it judges; a pattern is how both are asked.
 ORACLE = "ops/reference.py"
@@ -42,7 +46,9 @@ OPTIONAL = {
     "matplotlib",
     "peft",
     "pytorch_lightning",
+    "qtawesome",
     "rich",
+    "soundfile",
     "tensorboard",
     "tokenizers",
     "torchaudio",

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import torch
 import yaml
 
 import longnet_zoo as lz
+from longnet_zoo.open_data import OPEN_DATA
 from recipes.sequence_parallel import SequenceParallelStrategy
 from recipes.token_file_writer import write_token_files
 from tests.recipes.text_runs import model_options, write_corpus
@@ -59,9 +61,16 @@ def write_table(path, column):
     return path
 
 
+def write_genome(path):
+    """Writes one line of 4,000 bases."""
+    path.write_text("".join(random.Random(path.name).choices("ACGT", k=4000)))
+    return path
+
+
 def test_there_are_the_configs_that_the_readme_names():
     assert {config.name for config in CONFIGS} == {
         "quickstart.yaml",
+        "genome.yaml",
         "longnet_base_stack.yaml",
         "mlm_quickstart.yaml",
         "mlm_base.yaml",
@@ -104,6 +113,9 @@ def test_config_runs_at_tiny_size(config, tmp_path):
     if written.get("streaming"):
         column = written.get("column", "text")
         data["source"] = write_table(tmp_path / "table.jsonl", column)
+    if "test_source" in written:
+        data["source"] = write_genome(tmp_path / "one.txt")
+        data["test_source"] = write_genome(tmp_path / "other.txt")
     if "tokenizer" in written:
         data["tokenizer"] = tmp_path / "tokenizer.json"
         options["vocab_size"] = write_tokenizer(data["tokenizer"])
@@ -114,10 +126,18 @@ def test_config_runs_at_tiny_size(config, tmp_path):
     changes += [f"--trainer.{name}={value}" for name, value in trainer.items()]
     changes += ["--trainer.fast_dev_run=true", f"--trainer.default_root_dir={tmp_path / 'run'}"]
     recipe = recipe_of(config)
-    for command in ("fit", "validate"):
+    for command in ("fit", "validate", *(["test"] if "test_source" in written else [])):
         recipe.main([command, f"--config={config}", *changes])
     # fast_dev_run leaves nothing behind.
     assert not (tmp_path / "run").exists()
+
+
+def test_genome_config_reads_the_data_sets_that_its_header_fetches():
+    text = (ROOT / "configs/text/genome.yaml").read_text()
+    (names,) = re.findall(r"^#   longnet-zoo data (.+)$", text, re.M)
+    data = yaml.safe_load(text)["data"]
+    assert [data["source"], data["test_source"]] == [f"data/{name}" for name in names.split()]
+    assert set(names.split()) <= set(OPEN_DATA)
 
 
 def test_base_config_is_the_papers_table():
