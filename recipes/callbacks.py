@@ -1,4 +1,4 @@
-"""Callbacks that every recipe uses: exact resumption, the last checkpoint, throughput, time."""
+"""Callbacks that every recipe uses: resumption, checkpoints, throughput, time, skipped samples."""
 
 import random
 import signal
@@ -13,8 +13,11 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
-__all__ = ["ExactResumption", "LastCheckpoint", "RunClock", "Throughput"]
+from recipes.data_ranks import counts_samples
+
+__all__ = ["ExactResumption", "LastCheckpoint", "RunClock", "SkippedSamples", "Throughput"]
 
 
 class ExactResumption(Callback):
@@ -221,6 +224,85 @@ class Throughput(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Adds the time of the run that is resumed."""
         self.train_seconds = state_dict["train_seconds"]
+
+
+class SkippedSamples(Callback):
+    """Says at the end how many samples were skipped, of which the log has one line each.
+
+    Training counts from where it was started or resumed, validation the last time it ran. Samples
+    of an evaluation that only fill a batch are among those that there were.
+
+    Args:
+        unit: What samples are called.
+        count: Returns how many samples a batch holds.
+    """
+
+    def __init__(self, *, unit: str, count: Callable[[Any], int]) -> None:
+        self._unit, self._count = unit, count
+        self._totals: dict[str, Tensor] = {}
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Counts a batch, in which other samples took the place of those that were skipped."""
+        self._add(trainer, "training", batch, are_replaced=True)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins a new sum."""
+        self._totals.pop("validation", None)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Counts a batch."""
+        self._add(trainer, "validation", args[2])
+
+    def on_test_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Counts a batch."""
+        self._add(trainer, "test", args[2])
+
+    def on_predict_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Counts a batch."""
+        self._add(trainer, "prediction", args[2])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the sums of training and validation."""
+        self._print(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the sum, unless this is a part of a training."""
+        if trainer.state.fn == "validate":
+            self._print(trainer)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the sum."""
+        self._print(trainer)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the sum."""
+        self._print(trainer)
+
+    def _add(
+        self, trainer: L.Trainer, stage: str, batch: Any, *, are_replaced: bool = False
+    ) -> None:
+        if "num_skipped" not in batch:  # data of one's own may have nothing to skip
+            return
+        # On the device, which is not waited for.
+        skipped = batch["num_skipped"].detach()
+        sums = torch.stack([skipped, skipped * are_replaced + self._count(batch)])
+        self._totals[stage] = self._totals.get(stage, 0) + sums * counts_samples(trainer)
+
+    def _print(self, trainer: L.Trainer) -> None:
+        totals, self._totals = self._totals, {}
+        for stage, sums in totals.items():
+            skipped, number = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+            if skipped and trainer.is_global_zero:
+                print(
+                    f"skipped {skipped:,} of {number:,} {self._unit} in {stage}; the log says which"
+                )
 
 
 def _mix(*numbers: int) -> int:

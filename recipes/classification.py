@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recipes.callbacks import ExactResumption, Throughput
+from recipes.callbacks import ExactResumption, SkippedSamples, Throughput
 from recipes.checkpoints import check_checkpoint
 from recipes.classification_metrics import (
     UNLABELLED,
@@ -121,7 +121,11 @@ class ClassificationTask(L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """Returns what makes a resumed run equal an unbroken one, from Python too."""
         count = lambda batch: len(self.labels(batch))  # noqa: E731
-        return [ExactResumption(), Throughput(unit=self.unit, count=count)]
+        return [
+            ExactResumption(),
+            Throughput(unit=self.unit, count=count),
+            SkippedSamples(unit=self.unit, count=count),
+        ]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Makes the optimizer and its schedule, for a run of so many steps or epochs."""

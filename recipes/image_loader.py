@@ -5,12 +5,9 @@ A batch is a dict: `images` (b, 3, h, w) float32, `labels` (b,) int64, `names`, 
 epoch and the image alone, so the number of worker processes changes nothing.
 """
 
-import contextlib
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -28,6 +25,7 @@ from .loader import (
     SkippingReader,
     fair_order,
 )
+from .seeding import seeded
 
 __all__ = ["EvalImages", "TrainImages"]
 
@@ -135,7 +133,7 @@ class _Batches(Dataset[Batch]):
         )
 
     def _tensor(self, image: Image.Image, *, seed: tuple[int, ...]) -> Tensor:
-        with _seeded(seed), no_pixel_limit():
+        with seeded(seed), no_pixel_limit():
             return self._transform(image)
 
 
@@ -188,20 +186,3 @@ def _batch(
         "names": ["" if place == FILLER else images.names[place] for place in places],
         "num_skipped": torch.tensor(num_skipped),
     }
-
-
-@contextlib.contextmanager
-def _seeded(seed: tuple[int, ...]) -> Iterator[None]:
-    """Seeds what timm's transforms draw from, and puts the state back: this may be no worker."""
-    draws = np.random.SeedSequence(seed).generate_state(3).tolist()
-    generator = torch.default_generator
-    before = random.getstate(), np.random.get_state(), generator.get_state()
-    random.seed(draws[0])
-    np.random.seed(draws[1])
-    generator.manual_seed(draws[2])
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        generator.set_state(before[2])
