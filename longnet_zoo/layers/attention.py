@@ -5,6 +5,7 @@ Shape legend: b batch, n seq_len, h num_heads (or num_kv_heads), d head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, get_args
 
@@ -21,6 +22,7 @@ from .multiway import Route, make_multiway, run_routed
 from .positions import AlibiBias, RelativeBias, RotaryEmbedding
 
 __all__ = [
+    "AttentionOp",
     "DilatedAttention",
     "Position",
     "check_attention_options",
@@ -29,6 +31,8 @@ __all__ = [
 ]
 
 Position = Literal["xpos", "rotary", "alibi", "relative"]
+# Has the signature of `dilated_attention`.
+AttentionOp = Callable[..., Tensor]
 
 
 class DilatedAttention(nn.Module):
@@ -137,6 +141,7 @@ class DilatedAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         route: Route | None = None,
+        attention_op: AttentionOp | None = None,
     ) -> Tensor:
         """Attends within a batch of sequences.
 
@@ -149,6 +154,7 @@ class DilatedAttention(nn.Module):
             key_padding_mask: Bool (batch, seq_len), True = padding.
             cu_seqlens: Boundaries of packed sequences, int32 (num_sequences + 1,), for batch 1.
             route: The modality of every token, for a layer with several.
+            attention_op: Op of this call alone, such as `prefix_attention`; None: the attribute.
 
         Returns:
             Output, (batch, seq_len, embed_dim).
@@ -156,6 +162,7 @@ class DilatedAttention(nn.Module):
         Raises:
             ValueError: If `x` has another shape, or a position argument does not fit `position`.
             TypeError: If a mask is of another dtype.
+            NotImplementedError: If the call brings an op where the attribute has been replaced.
         """
         self._check_inputs(x, rotary, position_bias)
         q, k, v = (
@@ -169,7 +176,7 @@ class DilatedAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = run_routed(self.q_norm, q, route), run_routed(self.k_norm, k, route)
         q, k = self._rotate(q, k, v.dtype, rotary)
-        out = self.attention_op(
+        out = self._op(attention_op)(
             q,
             k,
             v,
@@ -194,6 +201,17 @@ class DilatedAttention(nn.Module):
             f"pattern={self.pattern}, is_causal={self.is_causal}, position={self.position!r}, "
             f"dropout={self.dropout}, backend={self.backend!r}"
         )
+
+    def _op(self, given: AttentionOp | None) -> AttentionOp:
+        if given is None:
+            return self.attention_op
+        if self.attention_op is not dilated_attention:
+            raise NotImplementedError(
+                "a call brings an op of its own only to layers with `dilated_attention`, got one "
+                f"whose attention_op is {self.attention_op!r}: the tokens here may be a part of "
+                "the sequences. Use a model that is not parallelized."
+            )
+        return given
 
     def _rotate(
         self, q: Tensor, k: Tensor, dtype: torch.dtype, rotary: tuple[Tensor, Tensor] | None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from longnet_zoo.ops.dilated_attention import dilated_attention
 
-from .attention import DilatedAttention
+from .attention import AttentionOp, DilatedAttention
 from .memory import (
     MemorySaving,
     SecondRun,
@@ -101,6 +101,7 @@ class TransformerBlock(nn.Module):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         route: Route | None = None,
+        attention_op: AttentionOp | None = None,
     ) -> Tensor:
         """Runs the block: (batch, seq_len, embed_dim) to the same shape.
 
@@ -111,6 +112,7 @@ class TransformerBlock(nn.Module):
             key_padding_mask: As for `DilatedAttention`.
             cu_seqlens: As for `DilatedAttention`.
             route: As for `DilatedAttention`.
+            attention_op: As for `DilatedAttention`.
 
         Returns:
             Output, (batch, seq_len, embed_dim).
@@ -124,6 +126,7 @@ class TransformerBlock(nn.Module):
             key_padding_mask=key_padding_mask,
             cu_seqlens=cu_seqlens,
             route=route,
+            attention_op=attention_op,
         )
         # Drawn here, since all parts of a sample share it.
         skips = self._draw_skip(x), self._draw_skip(x)
@@ -170,8 +173,8 @@ class TransformerBlock(nn.Module):
         if (
             saving.chunk_size is None
             or not isinstance(attention, DilatedAttention)
-            # Another op may attend to tokens that other processes have.
-            or attention.attention_op is not dilated_attention
+            # Another op may attend to a prefix, or to tokens that other processes have.
+            or (around.attention_op or attention.attention_op) is not dilated_attention
             or not attention.pattern.is_nested
             # Zero keys fill a segment up to a length that depends on the whole sequence.
             or attention.pattern.padded_keys != "ignore"
@@ -192,6 +195,7 @@ class TransformerBlock(nn.Module):
             key_padding_mask=around.key_padding_mask,
             cu_seqlens=around.cu_seqlens,
             route=around.route,
+            attention_op=around.attention_op,
         )
         x = self._add(x, attended, skip)
         return run_routed(self.attention_norm, x, around.route) if is_post_norm else x

@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from .attention import AttentionOp
 from .multiway import Route
 
 __all__ = ["Surroundings", "independent_spans", "split_route"]
@@ -27,6 +28,7 @@ class Surroundings:
         key_padding_mask: Bool (b, n), True = padding.
         cu_seqlens: Boundaries of packed sequences, int32 (num_sequences + 1,).
         route: The modality of every token.
+        attention_op: Op of this call alone.
     """
 
     rotary: tuple[Tensor, Tensor] | None = None
@@ -34,6 +36,7 @@ class Surroundings:
     key_padding_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     route: Route | None = None
+    attention_op: AttentionOp | None = None
 
     def split(
         self, x: Tensor, *, segment_length: int, min_length: int

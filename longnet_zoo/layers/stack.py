@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from longnet_zoo.ops.pattern import DilatedPattern
 
-from .attention import DilatedAttention, Position, make_position_bias, make_rotary
+from .attention import AttentionOp, DilatedAttention, Position, make_position_bias, make_rotary
 from .block import Norm, TransformerBlock
 from .feed_forward import Activation, FeedForward
 from .initialization import initialize_weights, residual_gain, residual_scale
@@ -130,6 +130,7 @@ class TransformerStack(nn.Module):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         route: Route | None = None,
+        attention_ops: Sequence[AttentionOp] | None = None,
         num_blocks: int | None = None,
         return_hidden_states: Literal[False] = False,
     ) -> Tensor: ...
@@ -143,6 +144,7 @@ class TransformerStack(nn.Module):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         route: Route | None = None,
+        attention_ops: Sequence[AttentionOp] | None = None,
         num_blocks: int | None = None,
         return_hidden_states: Literal[True] | Sequence[int],
     ) -> tuple[Tensor, list[Tensor]]: ...
@@ -155,6 +157,7 @@ class TransformerStack(nn.Module):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         route: Route | None = None,
+        attention_ops: Sequence[AttentionOp] | None = None,
         num_blocks: int | None = None,
         return_hidden_states: bool | Sequence[int] = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
@@ -167,6 +170,7 @@ class TransformerStack(nn.Module):
             key_padding_mask: Bool (batch, seq_len), True = padding.
             cu_seqlens: Boundaries of packed sequences, int32 (num_sequences + 1,), for batch 1.
             route: The modality of every token, for a multiway stack.
+            attention_ops: Op of each block, for this call alone; None: those of the layers.
             num_blocks: How many blocks to run, from the first on; None: all.
             return_hidden_states: Whether to return the embeddings (state 0) and the output of each
                 block, before the final norm, as well; or the numbers of the states to return.
@@ -204,6 +208,7 @@ class TransformerStack(nn.Module):
                 key_padding_mask=key_padding_mask,
                 cu_seqlens=cu_seqlens,
                 route=route,
+                attention_op=None if attention_ops is None else attention_ops[number - 1],
             )
             if number in wanted:
                 hidden_states.append(x)

@@ -237,6 +237,24 @@ def test_op_is_an_attribute():
     assert options["xpos_scale_base"] == 512.0
 
 
+def test_a_call_may_bring_its_op():
+    module, x = make(dropout=0.25, backend="math"), torch.randn(1, 13, 24)
+    calls = []
+
+    def of_this_call(q, k, v, pattern, **options):
+        calls.append(options)
+        return torch.zeros_like(q)
+
+    out = module(x, attention_op=of_this_call)
+    assert torch.equal(out, module.out_proj.bias.expand(1, 13, 24))
+    assert calls[0]["dropout_p"] == 0.25
+    assert not torch.equal(module(x), out)
+    assert len(calls) == 1
+    module.attention_op = of_this_call
+    with pytest.raises(NotImplementedError, match=r"whose attention_op is <function .*of_this_ca"):
+        module(x, attention_op=dilated_attention)
+
+
 def test_state_dict_round_trip_and_names():
     module = make(qk_norm=True, position="relative")
     names = {name.rpartition(".")[0] for name in module.state_dict()}

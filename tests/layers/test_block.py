@@ -73,6 +73,7 @@ def test_options_reach_the_attention():
         "key_padding_mask": torch.zeros(1),
         "cu_seqlens": torch.ones(1),
         "route": Route.split(3),
+        "attention_op": nn.Identity(),
     }
     block(torch.randn(1, 3, 24), **options)
     assert seen.keys() == options.keys()

@@ -1,10 +1,13 @@
 """TransformerStack: what the layers share, checkpointing, hidden states."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional
 
-from longnet_zoo.layers import AlibiBias, RelativeBias, TransformerStack
+from longnet_zoo.layers import AlibiBias, MemorySaving, RelativeBias, TransformerStack
+from longnet_zoo.ops.dilated_attention import dilated_attention
 from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.ops.positions import rotary_tables
 
@@ -158,6 +161,29 @@ def test_drop_path_grows_linearly():
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in make(drop_path=0.4).blocks]
     assert rates == pytest.approx([0.0, 0.2, 0.4])
     assert not hasattr(make(num_layers=1, drop_path=0.4).blocks[0].drop_path, "drop_prob")
+
+
+def test_a_call_may_bring_an_op_for_each_block():
+    stack, x = make(), torch.randn(2, 9, 24)
+    order = []
+
+    def op(number, q, *args, **options):
+        order.append(number)
+        return dilated_attention(q, *args, **options) * number
+
+    ops = [partial(op, number) for number in range(1, 1 + len(stack.blocks))]
+    first = stack(x, attention_ops=ops)
+    assert order == [1, 2, 3]
+    assert not torch.allclose(first, stack(x))
+    plain = stack(x, attention_ops=[dilated_attention] * 3)
+    assert torch.equal(plain, stack(x))
+    # It gets whole sequences, since it may attend to a prefix.
+    lengths = []
+    stack = make(pattern=DilatedPattern(segment_lengths=(2, 4), dilation_rates=(1, 2)))
+    stack.set_memory_saving(MemorySaving(chunk_size=2))
+    spies = [lambda q, *args, **options: lengths.append(q.shape[1]) or q] * 3
+    stack(x, attention_ops=spies)
+    assert lengths == [9, 9, 9]
 
 
 def test_options_reach_the_layers():
