@@ -13,29 +13,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from longnet_zoo.layers import Route
 from longnet_zoo.ops.cross_entropy import linear_cross_entropy
 from longnet_zoo.registry import register_model
 
-from .base import ZooModel, make_stack
-from .beit3_config import BEiT3Config, GlobalPool, TrainingHead, published_weights
-from .beit3_heads import RetrievalHead, make_classifier, make_linear
-from .beit3_inputs import (
-    ImageEmbedding,
-    TextEmbedding,
-    check_first_tokens,
-    check_inputs,
-    check_labels,
-    check_pairs,
-    image_part,
-    text_part,
-)
+from .beit3_caption import BEiT3Captioner
+from .beit3_config import BEiT3Config, GlobalPool, published_weights
+from .beit3_heads import make_classifier
+from .beit3_inputs import check_first_tokens, check_labels, check_pairs, image_part, text_part
 from .checks import check_mask
 from .heads import fit_module
 
@@ -48,11 +36,16 @@ __all__ = [
 ]
 
 
-class BEiT3(ZooModel):
+class BEiT3(BEiT3Captioner):
     """Multiway Transformer for images, texts and both (BEiT-3).
 
     The output has the tokens of the image first (class token, then patches row by row), then those
-    of the text. Where only one of them is given, only its weights are used.
+    of the text. Where only one of them is given, only its weights are used. What it can learn:
+
+    - `forward`: classes of images, texts, or pairs such as an image and a question about it;
+    - `masked_loss`: hidden patches and tokens;
+    - `caption_loss`, and `generate`: texts about images;
+    - `contrastive_loss`: which text belongs to which image.
 
     Args:
         config: The options.
@@ -65,29 +58,16 @@ class BEiT3(ZooModel):
         >>> image, tokens = torch.randn(1, 3, 224, 224), torch.randint(64010, (1, 20))
         >>> logits = model(image, tokens)  # (1, 10)
         >>> features = model.forward_features(tokens=tokens)  # (1, 20, 768)
+
+        Questions about images, whose answers are 3 classes, with a dilated pattern:
+
+        >>> pattern = {"segment_lengths": (32, 64), "dilation_rates": (1, 2)}
+        >>> config = BEiT3Config(num_layers=2, vocab_size=256, num_classes=3, **pattern)
+        >>> model, image = BEiT3(config), torch.randn(2, 3, 224, 224)
+        >>> questions = [list(b"what is it?"), list(b"how many are there?")]
+        >>> tokens = pad_sequence(list(map(torch.tensor, questions)), True)  # of torch.nn.utils.rnn
+        >>> answers = model(image, tokens, text_padding_mask=tokens == 0).softmax(-1)  # (2, 3)
     """
-
-    config_class = BEiT3Config
-    config: BEiT3Config
-
-    def __init__(self, config: BEiT3Config) -> None:
-        super().__init__(config)
-        self.embed_dim = self.num_features = embed_dim = config.embed_dim
-        self.image_embed = ImageEmbedding(config)
-        self.text_embed = None if config.vocab_size is None else TextEmbedding(config)
-        self.dropout = nn.Dropout(config.dropout)
-        options = {"num_modalities": config.num_modalities, "final_norm": config.final_norm}
-        self.stack = make_stack(config, position=None, **options)
-        self.masked_image_head: nn.Linear | None = None
-        if "masked_image" in config.heads:
-            self.masked_image_head = make_linear(embed_dim, config.num_visual_tokens)
-        self.masked_text_head: nn.Linear | None = None
-        if "masked_text" in config.heads and config.vocab_size is not None:
-            self.masked_text_head = make_linear(embed_dim, config.vocab_size)
-        self.retrieval_head: RetrievalHead | None = None
-        if "retrieval" in config.heads:
-            self.retrieval_head = RetrievalHead(embed_dim=embed_dim)
-        self.classifier = make_classifier(config)
 
     @property
     def num_classes(self) -> int:
@@ -130,48 +110,6 @@ class BEiT3(ZooModel):
         if image is None:
             check_first_tokens(text_padding_mask)
         return self.forward_head(features)
-
-    def forward_features(
-        self,
-        image: Tensor | None = None,
-        tokens: Tensor | None = None,
-        *,
-        text_padding_mask: Tensor | None = None,
-        image_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Computes features of all tokens, image then text; at least one of them must be given.
-
-        Args:
-            image: Images, (batch, in_chans, img_size, img_size).
-            tokens: Token ids, integers (batch, text_len) with text_len up to `max_text_len`.
-            text_padding_mask: Bool (batch, text_len), True = padding. No token attends to it, its
-                own features mean nothing, and positions of others stay as they are.
-            image_mask: Bool (batch, num_patches), True = hidden by the mask token.
-
-        Returns:
-            Features, (batch, seq_len, embed_dim), with seq_len = 1 + num_patches for an image plus
-            text_len for a text.
-
-        Raises:
-            ValueError: If neither is given, shapes or token ids do not fit the model, or a mask
-                comes without what it masks.
-            TypeError: If images are not floating, tokens not integers or masks not bool.
-        """
-        check_inputs(self.config, image, tokens, text_padding_mask, image_mask)
-        parts, lengths, padding_mask = [], [0, 0], text_padding_mask
-        if image is not None:
-            parts.append(self.image_embed(image, image_mask))
-            lengths[0] = 1 + self.config.num_patches
-            if padding_mask is not None:
-                padding_mask = functional.pad(padding_mask, (lengths[0], 0), value=False)
-        if tokens is not None and self.text_embed is not None:
-            parts.append(self.text_embed(tokens, text_padding_mask))
-            lengths[1] = tokens.shape[1]
-        return self.stack(
-            self.dropout(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)),
-            key_padding_mask=padding_mask,
-            route=None if self.text_embed is None else Route.split(*lengths),
-        )
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools features and classifies them.
@@ -321,36 +259,6 @@ class BEiT3(ZooModel):
         self.config = replace(self.config, num_classes=num_classes, global_pool=global_pool)
         new = make_classifier(self.config)
         self.classifier = None if new is None else fit_module(new, self)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names the parameters for which weight decay makes no sense: norms, biases, positions."""
-        kinds = ("cls_token", "mask_token", "positions.weight")
-        positions = {name for name, _ in self.named_parameters() if name.endswith(kinds)}
-        return super().no_weight_decay() | positions
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Groups parameters from the input to the output, for layer-wise learning rates.
-
-        Args:
-            coarse: Whether all blocks are one group.
-
-        Returns:
-            Patterns in the form that timm's `group_parameters` takes.
-        """
-        blocks = r"^stack\.blocks" if coarse else r"^stack\.blocks\.(\d+)"
-        return {
-            "stem": r"^(?:image|text)_embed",
-            "blocks": [(blocks, None), (r"^stack\.norm", (99999,))],
-        }
-
-    def _training_head(self, name: TrainingHead) -> Any:
-        head = getattr(self, f"{name}_head")
-        if head is None:
-            raise ValueError(
-                f"this needs the head {name!r}, got a model with heads={self.config.heads}. "
-                f"Create it with heads=({name!r},)."
-            )
-        return head
 
 
 _register = partial(register_model, family="longnet_beit3", modality="vision-language")

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from longnet_zoo.ops.contrastive import contrastive_loss
+
 from .beit3_config import BEiT3Config
 
 __all__ = ["PatchClassifier", "RetrievalHead", "TokenClassifier", "make_classifier", "make_linear"]
@@ -80,6 +82,9 @@ class PatchClassifier(nn.Module):
 class RetrievalHead(nn.Module):
     """Maps images and texts to one space, where a pair lies close together.
 
+    The loss is made by the attribute `contrastive_loss_op`: replace it by a
+    `ParallelContrastiveLoss` where several processes have pairs.
+
     Args:
         embed_dim: Channels in and out.
     """
@@ -89,6 +94,7 @@ class RetrievalHead(nn.Module):
         self.vision_head = make_linear(embed_dim, embed_dim, bias=False)
         self.language_head = make_linear(embed_dim, embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(_TEMPERATURE)))
+        self.contrastive_loss_op = contrastive_loss
 
     def embed_image(self, first_token: Tensor) -> Tensor:
         """Maps class tokens (b, e) to embeddings of length 1, (b, e)."""
@@ -108,10 +114,7 @@ class RetrievalHead(nn.Module):
         Returns:
             Mean cross-entropy over both directions, a scalar.
         """
-        logits = self.logit_scale.exp() * image @ text.t()
-        pairs = torch.arange(logits.shape[0], device=logits.device)
-        to_text = functional.cross_entropy(logits.float(), pairs)
-        return (to_text + functional.cross_entropy(logits.t().float(), pairs)) / 2
+        return self.contrastive_loss_op(image, text, self.logit_scale.exp())
 
 
 def make_classifier(config: BEiT3Config) -> TokenClassifier | PatchClassifier | None:

@@ -70,9 +70,16 @@ class TextEmbedding(nn.Module):
         for embedding in (self.tokens, self.positions):
             nn.init.normal_(embedding.weight, std=config.embed_dim**-0.5)
 
-    def forward(self, tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Embeds tokens (b, t), zero where bool (b, t) says padding: (b, t, e)."""
-        x = self.tokens(tokens) + self.positions.weight[FIRST_ROW : FIRST_ROW + tokens.shape[1]]
+    def forward(self, tokens: Tensor, padding_mask: Tensor | None, *, first: int = 0) -> Tensor:
+        """Embeds tokens (b, t) of texts, from token `first` on: (b, t, e).
+
+        Args:
+            tokens: Token ids, (b, t).
+            padding_mask: Bool (b, t), True = padding, whose embedding is zero.
+            first: Place of the first token in its text.
+        """
+        rows = slice(FIRST_ROW + first, FIRST_ROW + first + tokens.shape[1])
+        x = self.tokens(tokens) + self.positions.weight[rows]
         return x if padding_mask is None else x.masked_fill(padding_mask[..., None], 0.0)
 
 

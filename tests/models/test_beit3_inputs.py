@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.data import resolve_data_config
 
 from tests.models.beit3_draws import TEXT_LEN, draw, make
 
@@ -45,3 +46,10 @@ def test_inputs_of_another_dtype_are_refused():
         model(image, image_mask=mask.long())
     with pytest.raises(TypeError, match=r"text_padding_mask must be bool, got torch\.uint8"):
         model(tokens=tokens, text_padding_mask=torch.zeros(3, 9, dtype=torch.uint8))
+
+
+def test_timm_finds_size_and_normalisation_of_images():
+    found = resolve_data_config({}, model=make())
+    assert found["input_size"] == (3, 20, 20)
+    assert found["mean"] == found["std"] == (0.5, 0.5, 0.5)
+    assert (found["crop_pct"], found["crop_mode"]) == (1.0, "squash")
