@@ -1,8 +1,10 @@
 """Exact dilated attention (LongNet) and its model zoo on plain PyTorch."""
 
 from . import timm_registry  # noqa: F401 - timm then knows the vision models
+from .batch_tokenizer import get_tokenizer
 from .factory import ModelInfo, create_model, list_models, model_info
-from .layers import DilatedAttention, MultiheadDilatedAttention
+from .image_text import create_model_and_transforms, zero_shot_classifier, zero_shot_logits
+from .layers import DilatedAttention, MultiheadDilatedAttention, MultimodalDilatedAttention
 from .ops import DilatedPattern, dilated_attention, explain_backend
 from .parallel import RingAttention, parallelize
 
@@ -13,11 +15,16 @@ __all__ = [
     "DilatedPattern",
     "ModelInfo",
     "MultiheadDilatedAttention",
+    "MultimodalDilatedAttention",
     "RingAttention",
     "create_model",
+    "create_model_and_transforms",
     "dilated_attention",
     "explain_backend",
+    "get_tokenizer",
     "list_models",
     "model_info",
     "parallelize",
+    "zero_shot_classifier",
+    "zero_shot_logits",
 ]

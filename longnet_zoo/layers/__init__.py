@@ -6,6 +6,7 @@ from .feed_forward import Activation, FeedForward
 from .initialization import initialize_weights, residual_gain, residual_scale
 from .memory import MemorySaving
 from .multihead import MultiheadDilatedAttention
+from .multimodal import MultimodalBlock, MultimodalDilatedAttention
 from .multiway import Multiway, Route, make_multiway, run_routed
 from .positions import AlibiBias, RelativeBias, RotaryEmbedding
 from .stack import TransformerStack
@@ -17,6 +18,8 @@ __all__ = [
     "FeedForward",
     "MemorySaving",
     "MultiheadDilatedAttention",
+    "MultimodalBlock",
+    "MultimodalDilatedAttention",
     "Multiway",
     "Norm",
     "Position",

@@ -101,11 +101,18 @@ def describe(name: str, options: Mapping[str, Any]) -> Network:
     """Reads a registered model with some options.
 
     Raises:
-        ValueError: If the name is unknown or an option has a bad value.
+        ValueError: If the name is unknown or an option has a bad value,
+            or the model is made of several stacks.
         TypeError: If an option is unknown or of the wrong type.
     """
     with torch.device("meta"):
         model = cast(ZooModel, create_model(name, **options))
+    if "stack" not in dict(model.named_children()):
+        parts = ", ".join(part for part, _ in model.named_children())
+        raise ValueError(
+            f"a plan is for a model with one stack of blocks, got {name!r}, which has the parts "
+            f"{parts}. Plan a model of the size of its largest part."
+        )
     block = cast(TransformerBlock, model.stack.blocks[0])
     attention = cast(DilatedAttention, block.attention)
     feed = block.feed_forward

@@ -1,6 +1,7 @@
 """Every family at a tiny size, as something to run: a model, inputs of a length, one output."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from longnet_zoo.factory import create_model
 from longnet_zoo.layers import MultiheadDilatedAttention
 from longnet_zoo.ops.pattern import DilatedPattern
 
-from . import beit3_draws, slides, small_vision
+from . import beit3_draws, slides, small_audio, small_clip, small_multimodal, small_vision
 
 # Awkward on purpose: rates do not divide segments or heads.
 PATTERN = {"segment_lengths": (7, 16, 30), "dilation_rates": (1, 2, 3)}
@@ -74,6 +75,44 @@ def _beit3(*, has_image: bool, has_text: bool) -> Family:
     return Family(make=lambda: beit3_draws.make(**options), draw=draw)
 
 
+def _audio(draw=None, **options) -> Family:
+    return Family(
+        make=lambda: small_audio.make(num_layers=1, **options),
+        draw=draw or (lambda length: (small_audio.draw(length),)),
+    )
+
+
+def _padded_audio(length: int) -> tuple[Tensor, Tensor]:
+    waveform = small_audio.draw(length)
+    return waveform, torch.tensor([waveform.shape[1], waveform.shape[1] * 2 // 3])
+
+
+def _clip() -> Family:
+    one_layer = {name: {**small_clip.SMALL[name], "num_layers": 1} for name in ("image", "text")}
+    return Family(
+        make=lambda: small_clip.make(**one_layer, max_text_len=100),
+        draw=lambda length: small_clip.draw(seq_len=length),
+        call=lambda model, image, tokens: model.contrastive_loss(image, tokens),
+    )
+
+
+def _multimodal(*names: str, is_padded: bool = False) -> Family:
+    def draw(length: int) -> tuple[Tensor, ...]:
+        drawn = small_multimodal.draw(2, length)
+        mask = torch.arange(length + 2) >= torch.tensor([[length + 2], [length - length // 3]])
+        given = (*(drawn[name] for name in names), drawn["tiles"], torch.rand(length + 2))
+        return (*given, mask) if is_padded else given
+
+    def call(model: nn.Module, *inputs: Tensor) -> Tensor:
+        mask, inputs = (inputs[-1], inputs[:-1]) if is_padded else (None, inputs)
+        given = dict(zip((*names, "tiles"), inputs[:-1], strict=True))
+        masks = None if mask is None else {"tiles": mask}
+        return model(given, times={"tiles": inputs[-1]}, padding_masks=masks)
+
+    make = partial(small_multimodal.make, (*names, "tiles"), num_layers=1)
+    return Family(make=make, draw=draw, call=call)
+
+
 def _attention() -> nn.Module:
     return MultiheadDilatedAttention(
         embed_dim=EMBED_DIM, num_heads=4, pattern=DilatedPattern(**PATTERN)
@@ -95,6 +134,8 @@ FAMILIES = {
     "beit3_image": _beit3(has_image=True, has_text=False),
     "beit3_text": _beit3(has_image=False, has_text=True),
     "beit3_pair": _beit3(has_image=True, has_text=True),
+    "audio_waveform": _audio(num_classes=5, head="frames", **small_audio.WAVEFORM),
+    "multimodal": _multimodal("video", "question"),
     "attention_layer": Family(
         make=_attention,
         draw=lambda length: (torch.randn(2, length, EMBED_DIM),),
@@ -114,4 +155,7 @@ MASKED_FAMILIES = {
         draw=_packed_draw,
     ),
     "slides_padded": _slides(_padded_slides),
+    "clip_loss": _clip(),
+    "audio_padded": _audio(_padded_audio, num_classes=5),
+    "multimodal_padded": _multimodal("sound", is_padded=True),
 }

@@ -14,7 +14,7 @@ from benchmarks.measure import peak_extra_mib
 from benchmarks.memory import training_step_peak_mib
 from longnet_zoo.factory import create_model
 from longnet_zoo.layers import MemorySaving
-from tests.models import beit3_draws, slides, small_vision
+from tests.models import beit3_draws, slides, small_audio, small_vision
 
 SAVING = MemorySaving(chunk_size=11, keep_attention=True)
 TEXT = {
@@ -51,6 +51,13 @@ def image_text_loss():
     return model, lambda: beit3_draws.total_loss(model, *inputs)
 
 
+def audio_loss():
+    model = small_audio.make(num_classes=5, head="ctc", chunk_seconds=0.2)
+    waveform, lengths = small_audio.draw(40), torch.tensor([1675, 900])
+    inputs = torch.tensor([[1, 2, 2], [3, 0, 0]]), torch.tensor([3, 1])
+    return model, lambda: model.ctc_loss(waveform, lengths, *inputs)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -59,8 +66,9 @@ def image_text_loss():
         image_loss,
         slide_loss,
         image_text_loss,
+        audio_loss,
     ],
-    ids=["lm", "mlm", "longvit", "slide", "beit3"],
+    ids=["lm", "mlm", "longvit", "slide", "beit3", "audio"],
 )
 def test_gradients_of_every_family_are_the_plain_ones(make):
     model, loss_of = make()

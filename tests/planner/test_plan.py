@@ -199,3 +199,8 @@ def test_links_between_nodes_are_slower():
     assert gpu.send_s(1e9, 9) == 9 * gpu.send_s(1e9, 8)
     assert gpu.multiply_s(791.2e12, 2) == pytest.approx(1.0)  # measured: 790 TFLOP/s
     assert gpu.copy_s(4.32e12) == pytest.approx(1.0)  # measured: 4.3 TB/s
+
+
+def test_a_model_of_several_stacks_is_refused():
+    with pytest.raises(ValueError, match=r"one stack of blocks, got 'longnet_clip_tiny'.* visual,"):
+        describe("longnet_clip_tiny", {})
