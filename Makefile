@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist wor
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train vision slides test test-fast lint format bench clean FORCE
+.PHONY: help setup train vision slides image-text captioning audio multimodal test test-fast lint format bench clean FORCE
 
 help: ## List the targets
 	@echo "Usage: make TARGET [PYTHON=python3.12] [VENV=.venv] [ARGS=...]"
@@ -34,6 +34,18 @@ vision: $(VENV)/.ready ## Train a small LongViT on handwritten digits, pixel by 
 
 slides: $(VENV)/.ready ## Train a slide encoder on a real slide region, with two baselines beside it
 	$(RUN) -m recipes.slide_classification fit --config configs/slides/quickstart.yaml $(ARGS)
+
+image-text: $(VENV)/.ready ## Train two towers on icons and their names, and search held-out icons by sentence
+	$(RUN) -m recipes.image_text fit --config configs/image_text/quickstart.yaml $(ARGS)
+
+captioning: $(VENV)/.ready ## Train a multiway model to write captions of icons
+	$(RUN) -m recipes.captioning fit --config configs/captioning/quickstart.yaml $(ARGS)
+
+audio: $(VENV)/.ready ## Train a small audio model on recordings of instruments
+	$(RUN) -m recipes.audio_classification fit --config configs/audio/quickstart.yaml $(ARGS)
+
+multimodal: $(VENV)/.ready ## Train one model on pictures, sounds and a question, any of which may be missing
+	$(RUN) -m recipes.multimodal fit --config configs/multimodal/quickstart.yaml $(ARGS)
 
 test: lint ## Run every check: ruff, mypy, all tests
 	$(PYTEST) $(ARGS)
@@ -69,7 +81,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(VENV)/.python
 	@rm -f $@
 	@echo "set-up 2/2: packages into $(VENV) (2 to 10 minutes; torch alone is over 2 GB with CUDA)"
 	@$(RUN) -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_FLAGS) \
-	    --editable ".[train,slides,dev]" --constraint constraints.txt \
+	    --editable ".[train,slides,audio,image-text,dev]" --constraint constraints.txt \
 	    || { echo "error: pip could not install the packages; its message is above. Cure it and repeat." >&2; exit 1; }
 	@touch $@
 	@echo "set-up done: it is repeated only when pyproject.toml, constraints.txt or the Python change"

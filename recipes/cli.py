@@ -10,6 +10,7 @@
 - What our own code or Lightning refuses is reported without a traceback; a bug keeps its traceback.
 """
 
+import contextlib
 import linecache
 import logging
 import re
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+import yaml
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -130,6 +132,7 @@ class RecipeCLI(LightningCLI):
             raise ValueError(
                 "a run needs a folder, got trainer.default_root_dir=None. Pass its path."
             )
+        config["model"]["model_options"] = _parsed(config["model"]["model_options"])
         config["ckpt_path"] = self._find_checkpoint(config)
         path = config["ckpt_path"]
         # URLs are fetched by Lightning.
@@ -231,7 +234,7 @@ class RecipeCLI(LightningCLI):
         if model["model_name"] is None:
             model["model_name"] = saved.get("model_name")
         if model["model_name"] == saved.get("model_name"):
-            model["model_options"] = {**(saved.get("model_options") or {}), **given}
+            model["model_options"] = _merged(saved.get("model_options") or {}, given)
         check_settings(model, saved)
 
     def _find_checkpoint(self, config: Any) -> str | None:
@@ -256,6 +259,26 @@ class RecipeCLI(LightningCLI):
             if previous is not None:
                 print(f"The run before has one: {previous}")
         return None
+
+
+def _parsed(options: Any) -> Any:
+    """Reads the options of a part of a model, which jsonargparse leaves as text."""
+    if isinstance(options, dict):
+        return {name: _parsed(value) for name, value in options.items()}
+    if not isinstance(options, str):
+        return options
+    with contextlib.suppress(ValueError):
+        return float(options) if "e" in options else yaml.safe_load(options)  # YAML wants 1.0e-3
+    return options
+
+
+def _merged(options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Puts options over others, in the parts of a model too."""
+    merged = {**options, **given}
+    for name, value in given.items():
+        if isinstance(value, dict) and isinstance(options.get(name), dict):
+            merged[name] = _merged(options[name], value)
+    return merged
 
 
 class _Parser(LightningArgumentParser):

@@ -39,6 +39,12 @@ _ENTRIES = (
     "pattern.png",
     "val_confusion.png",
     "test_confusion.png",
+    "val_examples.png",
+    "test_examples.png",
+    "retrieval.png",
+    "queries.png",
+    "captions.png",
+    "multimodal.png",
 )
 
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from recipes.cli import RecipeCLI
+from recipes.cli import RecipeCLI, _merged, _parsed
 from recipes.run_folder import CurveLogger, make_room, read_curves
 from recipes.text_data import TextDataModule
 from recipes.text_lm import TextLM, main
@@ -90,6 +90,14 @@ def test_mistyped_model_option_is_refused_by_name_with_the_valid_ones(corpus, tm
     assert "num_headz" in error
     assert "num_heads" in error
     assert "Traceback" not in error
+
+
+def test_options_of_a_part_of_a_model_are_read_and_merged():
+    given = {"image": {"num_layers": "1", "drop_path": "1e-1", "norm": "pre_ln", "rates": "[1, 2]"}}
+    read = _parsed(given)
+    assert read["image"] == {"num_layers": 1, "drop_path": 0.1, "norm": "pre_ln", "rates": [1, 2]}
+    merged = _merged({"image": {"num_layers": 3, "dropout": 0.5}, "output_dim": 4}, read)
+    assert merged == {"image": {**read["image"], "dropout": 0.5}, "output_dim": 4}
 
 
 def test_unknown_model_is_refused(corpus, tmp_path, capsys):

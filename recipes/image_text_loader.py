@@ -1,0 +1,297 @@
+"""Batches of images and captions, in an order that resumes anywhere.
+
+A batch is a dict of `images` (b, 3, h, w) float32, `tokens` (b, t) int64, padded at the right to
+the longest caption, `labels`, `image_ids` and `text_ids` (b,) int64, `names` and `captions`, lists
+of b, and two counts: `num_skipped`, the pairs that could not be read for it, and `num_truncated`,
+the captions that were cut to fit the model. Pairs with the same image id or the same text id show
+or say the same, so in retrieval they count as each other's. What a pair looks like depends on seed,
+epoch and the pair alone, so the number of worker processes changes nothing.
+"""
+
+import functools
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from longnet_zoo.batch_tokenizer import BatchTokenizer
+
+from .classification_metrics import UNLABELLED
+from .image_files import no_pixel_limit
+from .image_text_sources import Pairs
+from .loader import (
+    FILLER,
+    Batch,
+    EpochOrder,
+    FixedLoader,
+    OnError,
+    SeededLoader,
+    SkippingReader,
+    fair_order,
+)
+from .seeding import seeded
+
+__all__ = ["NO_PAIR", "EvalPairs", "LongCaptions", "PairEncoder", "TrainPairs", "collate_pairs"]
+
+LongCaptions = Literal["truncate", "refuse"]
+Sample = dict[str, Any]
+Transform = Callable[[Image.Image], Tensor]
+
+# Image and text id of what stands in for a pair that was not read.
+NO_PAIR = -1
+
+
+class PairEncoder:
+    """Makes tensors of an image and its caption.
+
+    Args:
+        transform: Makes a tensor of an image.
+        tokenizer: Makes ids of a caption.
+        long_captions: "truncate" cuts a caption that is longer than the tokenizer allows, "refuse"
+            raises, so that the pair counts as one that cannot be read.
+    """
+
+    def __init__(
+        self, *, transform: Transform, tokenizer: BatchTokenizer, long_captions: LongCaptions
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._transform, self._long_captions = transform, long_captions
+
+    def __call__(
+        self,
+        image: Image.Image,
+        caption: str,
+        *,
+        name: str,
+        label: int = UNLABELLED,
+        seed: tuple[int, ...] = (0,),
+    ) -> Sample:
+        """Returns the sample of a pair.
+
+        Args:
+            image: The image, RGB.
+            caption: What it shows.
+            name: Name of the pair, for the error.
+            label: Its class.
+            seed: Seed of what the transform draws.
+
+        Raises:
+            ValueError: The caption is too long, and to be refused.
+        """
+        tokens, is_truncated = self._tokens(caption, name)
+        with seeded(seed), no_pixel_limit():
+            pixels = self._transform(image)
+        return {
+            "image": pixels,
+            "tokens": tokens,
+            "label": label,
+            "image_id": _content_id(image.tobytes()),
+            "text_id": _content_id(caption.encode(errors="replace")),
+            "name": name,
+            "caption": caption,
+            "is_truncated": is_truncated,
+        }
+
+    def filler(self) -> Sample:
+        """Returns a sample that stands in for one that was not read and counts for nothing."""
+        sample = self(Image.new("RGB", (16, 16)), "", name="")
+        return {**sample, "image_id": NO_PAIR, "text_id": NO_PAIR}
+
+    def _tokens(self, caption: str, name: str) -> tuple[Tensor, bool]:
+        tokenizer = self.tokenizer
+        before = tokenizer.num_truncated
+        with warnings.catch_warnings():
+            # Batches count what is cut.
+            warnings.filterwarnings("ignore", message=".* are longer than context_length")
+            tokens = tokenizer(caption)[0]
+        is_truncated = tokenizer.num_truncated > before
+        if is_truncated and self._long_captions == "refuse":
+            raise ValueError(
+                f"a caption may have {tokenizer.context_length} tokens with its end, got "
+                f"{len(caption.encode(errors='replace')):,} bytes of text for {name}. Use a model "
+                "with a larger max_text_len, or pass --data.long_captions truncate."
+            )
+        return tokens, is_truncated
+
+
+class TrainPairs(SeededLoader):
+    """Yields epoch after epoch, each in an order that depends on seed and epoch.
+
+    Args:
+        pairs: The pairs.
+        encoder: Makes tensors of them, at random.
+        batch_size: Pairs in a batch, for each rank.
+        seed: Seed of the order and of how a pair looks.
+        on_error: "skip" takes the next pair for one that cannot be read; "raise" stops at it.
+        rank: Number of this process.
+        world_size: Number of processes that share an epoch.
+        repeat: Batches, or share of an epoch, to repeat over and over
+            (`Trainer.overfit_batches`); 0 for what all others want.
+        num_workers: Worker processes; 0 reads in this one.
+        pin_memory: Whether batches go to page-locked memory.
+
+    Raises:
+        ValueError: There are fewer pairs than one step takes.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        *,
+        encoder: PairEncoder,
+        batch_size: int,
+        seed: int = 0,
+        on_error: OnError = "raise",
+        rank: int = 0,
+        world_size: int = 1,
+        repeat: int | float = 0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(
+            _TrainBatches(pairs, encoder=encoder, seed=seed, on_error=on_error),
+            num_samples=len(pairs.names),
+            unit="pairs",
+            order={"num_pairs": len(pairs.names)},
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            repeat=repeat,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
+
+
+class EvalPairs(FixedLoader):
+    """Yields every pair once as it always looks, in an order that is mixed but always the same.
+
+    So a limit on the number of batches takes a fair sample. Every rank gets as many batches, and
+    where pairs are missing, one that counts for nothing.
+
+    Args:
+        pairs: The pairs.
+        encoder: Makes tensors of them.
+        batch_size: Pairs in a batch, for each rank; the last batch may hold fewer.
+        limit: Most pairs to take, from the front of the order; None takes all.
+        on_error: "skip" leaves a pair that cannot be read out of account; "raise" stops at it.
+        rank: Number of this process.
+        world_size: Number of processes that share the pairs.
+        num_workers: Worker processes; 0 reads in this one.
+        pin_memory: Whether batches go to page-locked memory.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        *,
+        encoder: PairEncoder,
+        batch_size: int,
+        limit: int | None = None,
+        on_error: OnError = "raise",
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(
+            _EvalBatches(pairs, encoder=encoder, on_error=on_error),
+            fair_order(len(pairs.names))[:limit],
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
+
+
+class _Batches(Dataset[Batch]):
+    """Reads and encodes pairs; what a request is, a subclass says."""
+
+    def __init__(self, pairs: Pairs, *, encoder: PairEncoder, on_error: OnError) -> None:
+        self._pairs, self._encoder, self._on_error = pairs, encoder, on_error
+
+    def _reader(self, *seed: int) -> SkippingReader[Sample]:
+        """Returns a reader of pairs as these numbers draw them; none: as they always look."""
+        return SkippingReader(
+            functools.partial(self._read, seed),
+            num_samples=len(self._pairs.names),
+            unit="pairs",
+            on_error=self._on_error,
+        )
+
+    def _read(self, seed: tuple[int, ...], place: int) -> Sample:
+        draws = np.random.default_rng((*seed, place)) if seed else None
+        image, caption = self._pairs.read(place, generator=draws)
+        return self._encoder(
+            image,
+            caption,
+            name=self._pairs.names[place],
+            label=self._pairs.labels[place],
+            seed=(*seed, place),
+        )
+
+
+class _TrainBatches(_Batches):
+    """Makes the batch of a request (epoch, first place in the epoch's order, number of pairs)."""
+
+    def __init__(self, pairs: Pairs, *, seed: int, **options: Any) -> None:
+        super().__init__(pairs, **options)
+        self._seed = seed
+        self._order = EpochOrder(len(pairs.names), seed=seed)
+
+    def __getitem__(self, request: tuple[int, int, int]) -> Batch:
+        epoch, first, count = request
+        reader = self._reader(self._seed, epoch)
+        places = self._order.samples(epoch, first=first, count=count)
+        _, samples, skipped = zip(*map(reader.read_from, places), strict=True)
+        return collate_pairs(
+            samples, pad_id=self._encoder.tokenizer.pad_id, num_skipped=sum(skipped)
+        )
+
+
+class _EvalBatches(_Batches):
+    """Makes the batch of a request, a list of places."""
+
+    def __getitem__(self, request: list[int]) -> Batch:
+        reader = self._reader()
+        read = [None if place == FILLER else reader.read(place) for place in request]
+        skipped = sum(
+            sample is None and place != FILLER for sample, place in zip(read, request, strict=True)
+        )
+        samples = [self._encoder.filler() if sample is None else sample for sample in read]
+        return collate_pairs(samples, pad_id=self._encoder.tokenizer.pad_id, num_skipped=skipped)
+
+
+def collate_pairs(samples: Sequence[Sample], *, pad_id: int, num_skipped: int = 0) -> Batch:
+    """Makes a batch of samples.
+
+    Args:
+        samples: What a `PairEncoder` returned.
+        pad_id: Token id that fills up.
+        num_skipped: Pairs that could not be read for this batch.
+    """
+    tokens = [sample["tokens"] for sample in samples]
+    return {
+        "images": torch.stack([sample["image"] for sample in samples]),
+        "tokens": pad_sequence(tokens, batch_first=True, padding_value=pad_id),
+        "labels": torch.tensor([sample["label"] for sample in samples]),
+        "image_ids": torch.tensor([sample["image_id"] for sample in samples]),
+        "text_ids": torch.tensor([sample["text_id"] for sample in samples]),
+        "names": [sample["name"] for sample in samples],
+        "captions": [sample["caption"] for sample in samples],
+        "num_skipped": torch.tensor(num_skipped),
+        "num_truncated": torch.tensor(sum(sample["is_truncated"] for sample in samples)),
+    }
+
+
+def _content_id(content: bytes) -> int:
+    """Returns a number of 63 bits that the same content shares, and no other."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
