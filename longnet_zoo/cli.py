@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -234,11 +234,21 @@ def _info(options: argparse.Namespace) -> None:
     for name, value in [*_facts(info).items(), *map(_weights_fact, info.weights)]:
         facts.add_row(name, value)
     config = Table("option", "default", box=box.SIMPLE_HEAD)
-    for name, value in info.config.options().items():
+    for name, value in _options(info.config):
         config.add_row(name, " ".join(map(str, value)) if isinstance(value, tuple) else str(value))
     console = Console()
     console.print(facts)
     console.print(config)
+
+
+def _options(config: Any) -> Iterator[tuple[str, Any]]:
+    """Names every option with its value, those of the configs in a tuple one by one."""
+    for name, value in config.options().items():
+        if isinstance(value, tuple) and value and hasattr(value[0], "options"):
+            for number, part in enumerate(value):
+                yield from ((f"{name}[{number}].{own}", x) for own, x in _options(part))
+        else:
+            yield name, value
 
 
 def _plot_pattern(options: argparse.Namespace) -> None:

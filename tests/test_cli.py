@@ -93,6 +93,15 @@ def test_info_shows_parameters_flops_and_options(capsys):
     assert "2307.02486" in out
 
 
+def test_info_lists_the_options_of_each_part(capsys):
+    rows = [
+        line.split() for line in run("info", "longnet_multimodal_tiny", capsys=capsys).splitlines()
+    ]
+    assert ["modalities[0].name", "video"] in rows
+    assert ["modalities[1].conv_strides", "2", "2"] in rows
+    assert ["modalities[2].segment_lengths", "128", "512", "2048"] in rows
+
+
 def test_info_as_json_is_the_whole_info(capsys):
     info = json.loads(run("info", "longnet_lm_tiny", "--json", capsys=capsys))
     assert info["num_params"] == model_info("longnet_lm_tiny").num_params

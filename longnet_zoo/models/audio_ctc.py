@@ -169,7 +169,10 @@ def align(log_probs: Tensor, ids: Sequence[int], *, blank_id: int) -> list[int]:
         path.append(at)
         at -= int(step[at])
     path.reverse()
-    return [path.index(2 * number + 1) for number in range(len(ids))]
+    begins: dict[int, int] = {}
+    for frame, place in enumerate(path):
+        begins.setdefault(place, frame)
+    return [begins[2 * number + 1] for number in range(len(ids))]
 
 
 def _moved(scores: Tensor, places: int) -> Tensor:

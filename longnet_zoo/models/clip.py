@@ -107,9 +107,13 @@ class LongNetCLIP(ZooModel):
             TypeError: If tokens are not integers.
         """
         self._check_tokens(tokens)
+        # Attention runs at once over texts of one length that follow each other.
+        order = (tokens == self.config.pad_id).sum(dim=1).argsort()
+        tokens = tokens[order]
         padding = tokens == self.config.pad_id
         states = self.text.forward_features(tokens, key_padding_mask=padding)
-        features = self.text_projection(masked_mean(states, padding))
+        means = masked_mean(states, padding)[order.argsort()]
+        features = self.text_projection(means)
         return _unit(features).to(features.dtype) if normalize else features
 
     def forward(

@@ -80,12 +80,13 @@ class ModalityEncoder(nn.Module):
             times: What `check` returns of them.
             padding_mask: What `check` returns of it.
         """
+        if padding_mask is not None and x.is_floating_point():
+            # Whatever padding holds: NaN would reach the gradient of the weights.
+            x = x.masked_fill(padding_mask.view(*padding_mask.shape, *[1] * (x.ndim - 2)), 0.0)
         tokens = self.dropout(self.embed(x, padding_mask))
         mask = None
         if padding_mask is not None:
             mask = self.token_padding(padding_mask, tokens.shape[1])
-            # Whatever padding holds, NaN included.
-            tokens = tokens.masked_fill(mask[..., None], 0.0)
         if self.stack is not None:
             tokens = self.stack(tokens, key_padding_mask=mask)
         times = self.input_times(x, times)
@@ -105,6 +106,12 @@ class ModalityEncoder(nn.Module):
         if padding_mask is not None:
             name = f"padding_masks[{self.modality.name!r}]"
             check_mask(name, padding_mask, (len(x), self.units(x)))
+            # A mean of nothing would stand for the modality.
+            if can_read(padding_mask) and (is_empty := padding_mask.all(dim=1)).any():
+                raise ValueError(
+                    f"{name} must leave something of every sample, got nothing but padding in "
+                    f"{int(is_empty.sum())} of {len(x)}. Say by present that they lack it."
+                )
 
     def check_times(self, x: Tensor, times: Tensor) -> Tensor:
         """Checks times, and makes them (b or 1, units)."""

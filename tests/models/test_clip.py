@@ -52,6 +52,19 @@ def test_features_are_projected_means_of_tokens():
         )
 
 
+def test_texts_of_one_length_are_attended_together():
+    model, lengths, seen = make(), torch.tensor([3, 5, 2, 5, 3, 5, 2]), []
+    tokens = torch.randint(0, 250, (7, 5)).masked_fill(torch.arange(5) >= lengths[:, None], PAD_ID)
+    model.text.stack.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["key_padding_mask"]), with_kwargs=True
+    )
+    features = model.encode_text(tokens)
+    (mask,) = seen
+    assert (~mask).sum(dim=1).tolist() == [5, 5, 5, 3, 3, 2, 2]
+    for row, length, found in zip(tokens, lengths, features, strict=True):
+        torch.testing.assert_close(found, model.encode_text(row[None, :length])[0], **FLOAT32)
+
+
 def test_towers_end_in_a_norm():
     model, (image, tokens) = make(), draw()
     for states in (model.visual.forward_features(image), model.text.forward_features(tokens)):

@@ -117,6 +117,9 @@ def test_padded_samples_equal_shorter_ones(global_pool):
         inputs[name][1, length:] = 7 if name == "question" else torch.nan
     times = {"tiles": torch.arange(11.0) / 3}
     logits = model(inputs, times=times, padding_masks=masks)
+    (logits * torch.randn_like(logits)).sum().backward()
+    # NaN in padding reaches no weight either.
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     features = model.forward_features(inputs, times=times, padding_masks=masks)
     torch.testing.assert_close(model.forward_head(features, padding_masks=masks), logits)
     for row, cut in ((0, {}), (1, lengths)):
@@ -358,6 +361,12 @@ def test_flops_are_those_of_the_matrices(model):
             {"padding_masks": {"tiles": torch.zeros(2, 3, dtype=torch.bool)}},
             ValueError,
             r"padding_masks\['tiles'\] must be \(2, 4\), got \(2, 3\)",
+        ),
+        (
+            {"question": torch.zeros(2, 3, dtype=torch.int64)},
+            {"padding_masks": {"question": torch.tensor([[False] * 3, [True] * 3])}},
+            ValueError,
+            r"padding_masks\['question'\] must leave something .*padding in 1 of 2",
         ),
         (
             {"sound": torch.zeros(2, 3)},
