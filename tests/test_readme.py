@@ -7,6 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from longnet_zoo.factory import create_model
@@ -49,11 +50,14 @@ def as_one_process_of_torchrun(monkeypatch):
 def test_python_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = write_slides(tmp_path)
+    sound = 0.1 * np.random.default_rng(0).standard_normal((44_100, 2))
+    soundfile.write("hour.flac", sound, samplerate=44_100)
     torch.set_num_threads(2)
     as_one_process_of_torchrun(monkeypatch)
     namespace: dict[str, object] = {"__name__": "readme"}
     for number, block in enumerate(BLOCKS, start=1):
         exec(compile(block, f"README.md, block {number}", "exec"), namespace)
+    assert namespace["embedding"].shape == (128,)  # type: ignore[attr-defined]
     slides = torch.load("slides.pt", weights_only=True)
     assert list(slides) == ["slide_0", "slide_1"]
     with h5py.File("tiles/slide_1.h5") as file, torch.inference_mode():
