@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .baselines import LogisticRegression
 from .classification_metrics import UNLABELLED, ClassificationMetrics
-from .slide_baselines import LogisticRegression
 from .tagging_metrics import TaggingMetrics
 
 __all__ = ["BaselineConfig", "compare_clips", "compare_frames", "frame_features"]

@@ -22,14 +22,15 @@ from longnet_zoo.layers import MemorySaving
 from recipes.audio_baselines import BaselineConfig, compare_clips
 from recipes.audio_data import AudioDataModule
 from recipes.audio_figures import ClipExample, clips_figure
-from recipes.classification import UNLABELLED, ClassificationTask, limited
+from recipes.baselines import report
+from recipes.classification import UNLABELLED, ClassificationTask
 from recipes.classifiers import changed_options, check_modality, create_classifier
 from recipes.cli import run
 from recipes.figures import log_figure
 from recipes.optimization import OptimizationConfig
-from recipes.slide_baselines import report
+from recipes.trainer_batches import held_out
 
-__all__ = ["AudioClassifier", "held_out", "main"]
+__all__ = ["AudioClassifier", "main"]
 
 _NUM_EXAMPLES = 16
 
@@ -109,6 +110,13 @@ class AudioClassifier(ClassificationTask):
             }
         )
 
+    def setup(self, stage: str) -> None:
+        """Refuses classes that are not the model's, and recordings without label."""
+        super().setup(stage)
+        data = self.trainer.datamodule
+        if isinstance(data, AudioDataModule):
+            data.require("label")
+
     def logits(self, batch: dict[str, Any]) -> Tensor:
         """Returns the scores of the classes, (b, c)."""
         return self.model(batch["waveform"], batch["lengths"])
@@ -166,7 +174,7 @@ class AudioClassifier(ClassificationTask):
         """Returns recordings of all classes in turn."""
         by_class: dict[int, list[ClipExample]] = {}
         for batch in held_out(self.trainer, split):
-            waveform, lengths = batch["waveform"].to(self.device), batch["lengths"].to(self.device)
+            waveform, lengths = batch["waveform"], batch["lengths"]
             best = self.model(waveform, lengths).float().softmax(-1).max(-1)
             pictures = self.model.log_mel(waveform, lengths).float().cpu()
             columns = lengths * pictures.shape[1] // waveform.shape[1]
@@ -186,13 +194,6 @@ class AudioClassifier(ClassificationTask):
                 break
         turns = [(turn, label) for label, own in by_class.items() for turn in range(len(own))]
         return [by_class[label][turn] for turn, label in sorted(turns)[:_NUM_EXAMPLES]]
-
-
-def held_out(trainer: Any, split: Literal["val", "test"]) -> Any:
-    """Returns the batches of a split that an evaluation is limited to."""
-    if split == "val":
-        return limited(trainer.datamodule.val_dataloader(), trainer.limit_val_batches)
-    return limited(trainer.datamodule.test_dataloader(), trainer.limit_test_batches)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -89,6 +89,7 @@ class AudioDataModule(L.LightningDataModule):
         self.on_error, self.seed, self.num_workers = on_error, seed, num_workers
         self._check()
         self.class_names: tuple[str, ...] | None = None
+        self._needs: Literal["label", "events"] | None = None
         self._recordings: dict[Split, tuple[Recording, ...]] = {}
         self._sample_rate = 0
 
@@ -142,6 +143,27 @@ class AudioDataModule(L.LightningDataModule):
             )
         sizes = ", ".join(f"{split} {len(own):,}" for split, own in self._recordings.items())
         rank_zero_info(f"recordings from {self.source!r}: {sizes}")
+
+    def require(self, part: Literal["label", "events"]) -> None:
+        """Refuses recordings without what a task learns from; of shards when they are read.
+
+        Args:
+            part: What must be known of each recording; soundscapes bring events.
+
+        Raises:
+            ValueError: It is not known of one.
+        """
+        self._needs = part
+        mixed = "events" if self.soundscapes is not None else None
+        for recording in (x for own in self._recordings.values() for x in own):
+            if part != mixed and (mixed or getattr(recording, part) is None):
+                kinds = ("label", "events", "transcript")
+                known = mixed or next(x for x in kinds if getattr(recording, x) is not None)
+                raise ValueError(
+                    f"this task needs the {part} of every recording, got {known} of "
+                    f"{recording.path}. audio_classification takes labels, audio_tagging events, "
+                    "or labels with data.soundscapes."
+                )
 
     def train_dataloader(self) -> TrainAudio | ShardLoader:
         """Returns the loader of augmented recordings, or of ever new soundscapes."""
@@ -211,7 +233,13 @@ class AudioDataModule(L.LightningDataModule):
         return is_shards(self.source)
 
     def _decoder(self, *, is_training: bool) -> ShardDecoder:
+        if self._needs is not None and not self.class_names:
+            raise ValueError(
+                f"shards need the names of their classes, got class_names={self.class_names} and "
+                f"source={self.source!r}. Pass data.class_names in their order."
+            )
         return ShardDecoder(
+            needs=self._needs,
             class_names=self.class_names or (),
             sample_rate=self._sample_rate,
             max_seconds=self._longest(is_training=is_training),

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -54,6 +54,7 @@ class ShardDecoder:
     """Makes a sample for a model of a shard's sample.
 
     Attributes:
+        needs: What must be known of a sample, "label" or "events"; None for anything.
         class_names: Names of the classes; () for transcripts.
         sample_rate: Samples a second, to which all are brought.
         max_seconds: What is taken of a longer one: a part at random in training, else its front;
@@ -62,6 +63,7 @@ class ShardDecoder:
         is_training: Whether to draw at random, from NumPy's generator.
     """
 
+    needs: Literal["label", "events"] | None = None
     class_names: tuple[str, ...]
     sample_rate: int
     max_seconds: float | None
@@ -76,6 +78,8 @@ class ShardDecoder:
             OSError: The sound cannot be read.
         """
         recording = _recording(parts, self.class_names)
+        if self.needs is not None and getattr(recording, self.needs) is None:
+            raise ValueError(f"it has no {self.needs}")
         waveform = read_audio(parts.first(*_SOUNDS), sample_rate=self.sample_rate)
         rng = np.random.default_rng(np.random.randint(2**31)) if self.is_training else None
         room = math.inf if self.max_seconds is None else round(self.max_seconds * self.sample_rate)

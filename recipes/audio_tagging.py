@@ -20,7 +20,6 @@ from torch import Tensor
 
 from longnet_zoo.layers import MemorySaving
 from recipes.audio_baselines import BaselineConfig, compare_frames
-from recipes.audio_classification import held_out
 from recipes.audio_data import AudioDataModule
 from recipes.audio_events import events_of, frame_tags
 from recipes.audio_figures import TagExample, tags_figure
@@ -31,6 +30,7 @@ from recipes.figures import log_figure, pattern_figure
 from recipes.optimization import OptimizationConfig
 from recipes.run_folder import update_record
 from recipes.tagging_metrics import TaggingMetrics, tag_scores
+from recipes.trainer_batches import held_out
 
 __all__ = ["AudioTagger", "main"]
 
@@ -102,6 +102,13 @@ class AudioTagger(ClassificationTask):
                 "memory_saving": memory_saving and dataclasses.asdict(memory_saving),
             }
         )
+
+    def setup(self, stage: str) -> None:
+        """Refuses classes that are not the model's, and recordings without events."""
+        super().setup(stage)
+        data = self.trainer.datamodule
+        if isinstance(data, AudioDataModule):
+            data.require("events")
 
     def logits(self, batch: dict[str, Any]) -> Tensor:
         """Returns the log-odds of each class in each frame, (b, frames, c)."""
@@ -219,7 +226,7 @@ class AudioTagger(ClassificationTask):
                 if events is None:
                     continue
                 length = int(batch["lengths"][place])
-                waveform = batch["waveform"][place : place + 1, :length].to(self.device)
+                waveform = batch["waveform"][place : place + 1, :length]
                 probabilities = self.model(waveform)[0].float().sigmoid().cpu()
                 seconds = length / self.model.config.sample_rate
                 shown = min(_MAX_SECONDS, seconds)

@@ -19,6 +19,8 @@ from recipes.data_ranks import counts_samples
 
 __all__ = ["ExactResumption", "LastCheckpoint", "RunClock", "SkippedSamples", "Throughput"]
 
+_STAGES = {"train": "training", "val": "validation", "test": "test", "predict": "prediction"}
+
 
 class ExactResumption(Callback):
     """Makes the random numbers of each training step depend on seed, step and rank alone.
@@ -33,9 +35,15 @@ class ExactResumption(Callback):
         self._seed: int | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes over the seed of the run, unless a checkpoint brought one."""
+        """Takes over the seed of the run, unless a checkpoint brought one.
+
+        Lightning 2.6 forgets the loader's state where a run was saved at the end of an epoch and
+        goes on for more epochs, and would then begin again with the order of the first one.
+        """
         if self._seed is None:
             self._seed = torch.initial_seed() % 2**32
+        loop = trainer.fit_loop
+        loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -241,35 +249,47 @@ class SkippedSamples(Callback):
         self._unit, self._count = unit, count
         self._totals: dict[str, Tensor] = {}
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Counts a batch, in which other samples took the place of those that were skipped."""
-        self._add(trainer, "training", batch, are_replaced=True)
+    def add(self, trainer: L.Trainer, stage: str, batch: Any) -> None:
+        """Counts a batch.
+
+        Args:
+            trainer: The trainer.
+            stage: "train", "val", "test" or "predict".
+            batch: A batch; in training other samples took the place of those that were skipped.
+        """
+        if "num_skipped" not in batch:  # data of one's own may have nothing to skip
+            return
+        # On the device, which is not waited for.
+        skipped = batch["num_skipped"].detach()
+        sums = torch.stack([skipped, skipped * (stage == "train") + self._count(batch)])
+        self._totals[stage] = self._totals.get(stage, 0) + sums * counts_samples(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Counts a batch."""
+        self.add(trainer, "train", args[2])
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins a new sum."""
-        self._totals.pop("validation", None)
+        self._totals.pop("val", None)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         """Counts a batch."""
-        self._add(trainer, "validation", args[2])
+        self.add(trainer, "val", args[2])
 
     def on_test_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         """Counts a batch."""
-        self._add(trainer, "test", args[2])
+        self.add(trainer, "test", args[2])
 
     def on_predict_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         """Counts a batch."""
-        self._add(trainer, "prediction", args[2])
+        self.add(trainer, "predict", args[2])
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prints the sums of training and validation."""
+        self._print(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the sum of the test of a report."""
         self._print(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -285,23 +305,14 @@ class SkippedSamples(Callback):
         """Prints the sum."""
         self._print(trainer)
 
-    def _add(
-        self, trainer: L.Trainer, stage: str, batch: Any, *, are_replaced: bool = False
-    ) -> None:
-        if "num_skipped" not in batch:  # data of one's own may have nothing to skip
-            return
-        # On the device, which is not waited for.
-        skipped = batch["num_skipped"].detach()
-        sums = torch.stack([skipped, skipped * are_replaced + self._count(batch)])
-        self._totals[stage] = self._totals.get(stage, 0) + sums * counts_samples(trainer)
-
     def _print(self, trainer: L.Trainer) -> None:
         totals, self._totals = self._totals, {}
         for stage, sums in totals.items():
             skipped, number = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
             if skipped and trainer.is_global_zero:
                 print(
-                    f"skipped {skipped:,} of {number:,} {self._unit} in {stage}; the log says which"
+                    f"skipped {skipped:,} of {number:,} {self._unit} in {_STAGES[stage]}; the log "
+                    "says which"
                 )
 
 

@@ -21,17 +21,18 @@ from torch.nn import functional
 import longnet_zoo as lz
 from longnet_zoo.layers import MemorySaving
 from longnet_zoo.tokenizers import Tokenizer
-from recipes.callbacks import ExactResumption, Throughput
+from recipes.callbacks import ExactResumption, SkippedSamples, Throughput
 from recipes.captioning_data import CaptionDataModule
 from recipes.captioning_scores import CaptionScores
 from recipes.checkpoints import check_checkpoint
-from recipes.classification_metrics import log_skipped
+from recipes.classification_metrics import log_counts
 from recipes.classifiers import changed_options, check_modality
 from recipes.cli import run
 from recipes.optimization import OptimizationConfig, total_grad_norm
 from recipes.run_folder import update_record
 from recipes.sampling import printable
 from recipes.text_packing import IGNORE_INDEX
+from recipes.trainer_batches import run_steps
 
 __all__ = ["Captioner", "main"]
 
@@ -78,13 +79,11 @@ class Captioner(L.LightningModule):
                 f"max_new_tokens must be from 1 to the model's max_text_len={most}, or null for "
                 f"that, got {max_new_tokens}."
             )
-        # Plain values only, so that checkpoints load with weights_only=True; and lists, which the
-        # command line writes as they are.
-        changed = changed_options(self.model, model_name).items()
+        # Plain values only, so that checkpoints load with weights_only=True.
         self.save_hyperparameters(
             {
                 "model_name": model_name,
-                "model_options": {k: list(x) if isinstance(x, tuple) else x for k, x in changed},
+                "model_options": changed_options(self.model, model_name),
                 "max_new_tokens": max_new_tokens,
                 "optimization": dataclasses.asdict(self.optimization),
                 "memory_saving": memory_saving and dataclasses.asdict(memory_saving),
@@ -101,18 +100,15 @@ class Captioner(L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """Returns what makes a resumed run equal an unbroken one, from Python too."""
         count = lambda batch: len(batch["images"])  # noqa: E731
-        return [ExactResumption(), Throughput(unit="pairs", count=count)]
+        return [
+            ExactResumption(),
+            Throughput(unit="pairs", count=count),
+            SkippedSamples(unit="pairs", count=count),
+        ]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Makes the optimizer and its schedule."""
-        # Not `estimated_stepping_batches`: it sets the loader up before its position is restored.
-        steps = self.trainer.max_steps
-        return self.optimization.build(self.model, run_steps=steps if steps > 0 else float("inf"))
-
-    def on_train_start(self) -> None:
-        """Restores the position in the data where Lightning 2.6 does not; see recipes.loader."""
-        loop = self.trainer.fit_loop
-        loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
+        return self.optimization.build(self.model, run_steps=run_steps(self.trainer))
 
     def texts(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Returns captions as the model reads them.
@@ -135,7 +131,7 @@ class Captioner(L.LightningModule):
         tokens, is_padding = self.texts(batch)
         loss = self.model.caption_loss(batch["images"], tokens, text_padding_mask=is_padding)
         self._losses.append(loss.detach())
-        self._log_counts("train", batch)
+        log_counts(self, "train", batch)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -190,14 +186,14 @@ class Captioner(L.LightningModule):
         """Adds a batch."""
         assert self.scores is not None
         self.score(batch, self.scores)
-        self._log_counts("val", batch)
+        log_counts(self, "val", batch)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Adds a batch, for which captions are written as well."""
         assert self.scores is not None
         self.score(batch, self.scores)
         self.score_texts(batch, self.scores)
-        self._log_counts("test", batch)
+        log_counts(self, "test", batch)
 
     def on_validation_epoch_end(self) -> None:
         """Logs `val_loss`, `val_bits_per_byte` and `val_token_accuracy`."""
@@ -241,18 +237,6 @@ class Captioner(L.LightningModule):
         # One more than the tokenizer has, where that has no padding.
         known = self.tokenizer.token_bytes
         return functional.pad(known, (0, self.model.config.vocab_size - len(known)))
-
-    def _log_counts(self, split: str, batch: dict[str, Any]) -> None:
-        log_skipped(self, split, batch)
-        self.log(
-            f"{split}_truncated",
-            batch["num_truncated"].float(),
-            on_step=False,
-            on_epoch=True,
-            reduce_fx="sum",
-            sync_dist=True,
-            batch_size=1,
-        )
 
     def _log_scores(self, split: Literal["val", "test"]) -> dict[str, float]:
         assert self.scores is not None

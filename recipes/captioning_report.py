@@ -5,7 +5,7 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from recipes.callbacks import RunClock, Throughput
 from recipes.captioning_scores import CaptionScores, TextOnlyModel
-from recipes.classification import limited
 from recipes.figures import log_figure
+from recipes.run_folder import run_lines
+from recipes.trainer_batches import held_out
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,15 +54,12 @@ class CaptionReport(RunClock):
             )
         self._title, self._num_shown, self._num_counted = title, num_shown, num_counted
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tests on all processes, writes on the first."""
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tests on all processes, writes on the first; the last checkpoint is saved by then."""
         if trainer.fast_dev_run:
             return
-        data = trainer.datamodule
-        split = "test" if data.has_test else "val"
-        loader = data.test_dataloader() if data.has_test else data.val_dataloader()
-        limits = {"test": trainer.limit_test_batches, "val": trainer.limit_val_batches}
-        scores, shown, texts = self._evaluate(trainer, pl_module, loader, limits[split])
+        split: Literal["val", "test"] = "test" if trainer.datamodule.has_test else "val"
+        scores, shown, texts = self._evaluate(trainer, pl_module, split)
         if not scores.figures():
             print("No report: nothing is held out for validation or test.")
         elif trainer.is_global_zero:
@@ -69,7 +67,7 @@ class CaptionReport(RunClock):
             self._write(trainer, split, scores, text_only, shown)
 
     def _evaluate(
-        self, trainer: L.Trainer, task: Any, loader: Any, limit: int | float
+        self, trainer: L.Trainer, task: Any, split: Literal["val", "test"]
     ) -> tuple[CaptionScores, list[tuple[Tensor, str, str]], list[list[int]]]:
         """Returns figures, images with true and written captions, and the tokens of this process.
 
@@ -79,8 +77,8 @@ class CaptionReport(RunClock):
         was_training = task.training
         task.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            for batch in limited(loader, limit) if len(loader) else ():
-                batch = trainer.strategy.batch_to_device(batch)
+            # Validation has been counted.
+            for batch in held_out(trainer, split, counts_skipped=split == "test"):
                 task.score(batch, scores)
                 pairs = task.score_texts(batch, scores)
                 texts += _texts(task, batch)
@@ -131,7 +129,7 @@ class CaptionReport(RunClock):
         }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
-        print(_summary(folder, split, scores.figures(), baselines, record["metrics"]))
+        print(_summary(trainer, scores.figures(), baselines, record["metrics"]))
 
 
 def captions_figure(shown: Sequence[tuple[Tensor, str, str]], *, title: str) -> "Figure":
@@ -189,8 +187,7 @@ def _training_texts(trainer: L.Trainer, task: Any, number: int) -> Iterator[list
 
 
 def _summary(
-    folder: Path,
-    split: str,
+    trainer: L.Trainer,
     figures: dict[str, float],
     baselines: dict[str, float],
     metrics: dict[str, Any],
@@ -211,11 +208,7 @@ def _summary(
             "",
             "Without image: bits per byte of counted training captions, and always the likeliest "
             "word.",
-            f"{metrics['steps']:,} steps in {metrics['train_seconds'] / 60:.1f} minutes, "
-            f"{metrics['total_seconds'] / 60:.1f} with validation and {split}",
-            f"Picture      {folder / 'captions.png'}",
-            f"Checkpoint   {folder / 'checkpoints' / 'last.ckpt'}",
-            f"Curves       {folder / 'metrics.csv'}, tensorboard --logdir {folder}",
+            *run_lines(trainer, metrics, ["captions.png"]),
             rule,
         ]
     )

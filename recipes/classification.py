@@ -4,9 +4,8 @@ Shapes: b batch, c classes.
 """
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -20,18 +19,15 @@ from recipes.classification_metrics import (
     UNLABELLED,
     ClassificationMetrics,
     class_scores,
-    log_skipped,
+    log_counts,
 )
 from recipes.data_ranks import counts_samples
 from recipes.figures import confusion_figure, log_figure, pattern_figure
 from recipes.optimization import OptimizationConfig, total_grad_norm
 from recipes.run_folder import update_record
+from recipes.trainer_batches import run_steps, steps_per_epoch
 
-__all__ = [
-    "UNLABELLED",
-    "ClassificationTask",
-    "limited",
-]
+__all__ = ["UNLABELLED", "ClassificationTask"]
 
 Split = Literal["val", "test"]
 
@@ -129,15 +125,11 @@ class ClassificationTask(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Makes the optimizer and its schedule, for a run of so many steps or epochs."""
-        trainer, config = self.trainer, self.optimization
-        ends = [trainer.max_steps] if trainer.max_steps > 0 else []
-        if self.warmup_epochs or (trainer.max_epochs or -1) > 0:
-            epoch = self._steps_per_epoch()
-            ends += [trainer.max_epochs * epoch] if (trainer.max_epochs or -1) > 0 else []
-            if self.warmup_epochs:
-                steps = round(self.warmup_epochs * epoch)
-                config = dataclasses.replace(config, warmup_steps=steps)
-        return config.build(self.model, run_steps=min(ends, default=math.inf))
+        config = self.optimization
+        if self.warmup_epochs:
+            steps = round(self.warmup_epochs * steps_per_epoch(self.trainer))
+            config = dataclasses.replace(config, warmup_steps=steps)
+        return config.build(self.model, run_steps=run_steps(self.trainer))
 
     def setup(self, stage: str) -> None:
         """Compares the classes of the data with the model's, and weighs them."""
@@ -150,20 +142,11 @@ class ClassificationTask(L.LightningModule):
             weights = counts.sum() / (len(counts) * counts.clamp(min=1))
             self.loss_weights = weights.to(self.device)
 
-    def on_train_start(self) -> None:
-        """Restores the position in the data where Lightning 2.6 does not.
-
-        It forgets the loader's state where a run was saved at the end of an epoch and goes on for
-        more epochs, and would then begin again with the order of the first one.
-        """
-        loop = self.trainer.fit_loop
-        loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the loss of a batch."""
         loss = self.training_loss(batch)
         self._losses.append(loss.detach())
-        log_skipped(self, "train", batch)
+        log_counts(self, "train", batch)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -192,7 +175,7 @@ class ClassificationTask(L.LightningModule):
     def _add(self, split: str, batch: Any) -> None:
         count = None if counts_samples(self.trainer) else 0
         self.metrics.update(self.logits(batch)[:count], self.labels(batch)[:count])
-        log_skipped(self, split, batch)
+        log_counts(self, split, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Logs `val_loss`, `val_accuracy`, `val_balanced_accuracy`, `val_auroc` and pictures."""
@@ -281,16 +264,6 @@ class ClassificationTask(L.LightningModule):
                 f"warmup_steps={self.optimization.warmup_steps}."
             )
 
-    def _steps_per_epoch(self) -> int:
-        """Counts optimizer steps.
-
-        Not by `trainer.estimated_stepping_batches`: it sets the loader up before its position is
-        restored from a checkpoint.
-        """
-        loader = self.trainer.datamodule.train_dataloader()
-        batches = _num_batches(loader, self.trainer.limit_train_batches)
-        return math.ceil(batches / self.trainer.accumulate_grad_batches)
-
     def _log_held_out(self, split: Split) -> None:
         figures, counts = self.metrics.compute()
         if self.trainer.sanity_checking or not figures:
@@ -318,17 +291,3 @@ class ClassificationTask(L.LightningModule):
             f"{split}_confusion": self.confusions[split].tolist(),
         }
         update_record(self.trainer.default_root_dir, **entries)
-
-
-def limited(loader: Any, limit: int | float) -> Iterator[Any]:
-    """Returns the batches of a loader that an evaluation is limited to.
-
-    Args:
-        loader: The loader.
-        limit: As `Trainer.limit_test_batches`: an int is a number of batches, a float a share.
-    """
-    return itertools.islice(loader, _num_batches(loader, limit))
-
-
-def _num_batches(loader: Any, limit: int | float) -> int:
-    return min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)

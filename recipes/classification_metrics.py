@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAUROC, MulticlassConfusionMatr
 
 from recipes.data_ranks import counts_samples
 
-__all__ = ["UNLABELLED", "ClassificationMetrics", "class_scores", "confusion_scores", "log_skipped"]
+__all__ = ["UNLABELLED", "ClassificationMetrics", "class_scores", "confusion_scores", "log_counts"]
 
 # The label of a sample that counts for nothing: one whose class is unknown or that was not read.
 UNLABELLED = -100
@@ -105,16 +105,22 @@ def class_scores(counts: Tensor, names: Sequence[str]) -> dict[str, dict[str, fl
     }
 
 
-def log_skipped(task: L.LightningModule, split: str, batch: dict[str, Any]) -> None:
-    """Logs how many samples of an epoch could not be read, as `val_skipped` and so on."""
-    if "num_skipped" not in batch:  # data of one's own may have nothing to skip
-        return
-    task.log(
-        f"{split}_skipped",
-        batch["num_skipped"].float() * counts_samples(task.trainer),
-        on_step=False,
-        on_epoch=True,
-        reduce_fx="sum",
-        sync_dist=True,
-        batch_size=1,
-    )
+def log_counts(task: L.LightningModule, split: str, batch: dict[str, Any]) -> None:
+    """Logs how much of an epoch could not be read, as `val_skipped`, or was cut, `val_truncated`.
+
+    Args:
+        task: What logs it.
+        split: "train", "val" or "test".
+        batch: A batch; data of one's own may have nothing to skip.
+    """
+    for name in ("skipped", "truncated"):
+        if f"num_{name}" in batch:
+            task.log(
+                f"{split}_{name}",
+                batch[f"num_{name}"].float() * counts_samples(task.trainer),
+                on_step=False,
+                on_epoch=True,
+                reduce_fx="sum",
+                sync_dist=True,
+                batch_size=1,
+            )

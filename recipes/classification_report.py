@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from recipes.callbacks import RunClock, Throughput
-from recipes.classification import ClassificationTask, limited
+from recipes.classification import ClassificationTask
 from recipes.classification_metrics import class_scores
 from recipes.figures import confusion_figure, curves_figure, log_figure
-from recipes.run_folder import read_curves
+from recipes.run_folder import read_curves, run_lines
+from recipes.trainer_batches import held_out
 
 __all__ = ["ClassificationReport", "class_table", "evaluate_test"]
 
@@ -32,8 +33,8 @@ class ClassificationReport(RunClock):
         super().__init__()
         self._title = title
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tests on all processes, writes on the first."""
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tests on all processes, writes on the first; the last checkpoint is saved by then."""
         if trainer.fast_dev_run:
             return
         split = evaluate_test(trainer, pl_module)
@@ -63,7 +64,7 @@ class ClassificationReport(RunClock):
         if (folder / "metrics.csv").is_file():
             curves = read_curves(folder / "metrics.csv")
             log_figure(trainer, "report", curves_figure(curves, title=title))
-        print(_summary(folder, split, record["metrics"], class_table(counts, names)))
+        print(_summary(trainer, split, record["metrics"], class_table(counts, names)))
 
 
 def evaluate_test(trainer: L.Trainer, task: ClassificationTask) -> str:
@@ -76,15 +77,13 @@ def evaluate_test(trainer: L.Trainer, task: ClassificationTask) -> str:
     Returns:
         "test", or "val" where no test samples are held out.
     """
-    data = trainer.datamodule
-    if not getattr(data, "has_test", False):
+    if not getattr(trainer.datamodule, "has_test", False):
         return "val"
     was_training = task.training
     task.eval()
     task.metrics.reset()
     with torch.no_grad(), trainer.precision_plugin.forward_context():
-        for batch in limited(data.test_dataloader(), trainer.limit_test_batches):
-            batch = trainer.strategy.batch_to_device(batch)
+        for batch in held_out(trainer, "test", counts_skipped=True):
             task.metrics.update(task.logits(batch), task.labels(batch))
     task.train(was_training)
     figures, counts = task.metrics.compute()
@@ -106,7 +105,7 @@ def class_table(counts: Tensor, names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _summary(folder: Path, split: str, metrics: dict[str, Any], table: str) -> str:
+def _summary(trainer: L.Trainer, split: str, metrics: dict[str, Any], table: str) -> str:
     rule = "-" * 78
     title = {"val": "Validation", "test": "Test"}[split]
     figures = {
@@ -121,11 +120,7 @@ def _summary(folder: Path, split: str, metrics: dict[str, Any], table: str) -> s
             table,
             "",
             f"{title}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()),
-            f"{metrics['steps']:,} steps in {metrics['train_seconds'] / 60:.1f} minutes, "
-            f"{metrics['total_seconds'] / 60:.1f} with validation and test",
-            f"Pictures     {', '.join(str(folder / name) for name in pictures)}",
-            f"Checkpoint   {folder / 'checkpoints' / 'last.ckpt'}",
-            f"Curves       {folder / 'metrics.csv'}, tensorboard --logdir {folder}",
+            *run_lines(trainer, metrics, pictures),
             rule,
         ]
     )

@@ -66,11 +66,11 @@ def changed_options(model: nn.Module, name: str) -> dict[str, Any]:
 
     Returns:
         The fields of its config that differ from the registered one; the number of classes, which
-        recipes keep by themselves, is left out.
+        recipes keep by themselves, is left out. Lists stand for tuples, as in a YAML file.
     """
     changed = _changed(model.config, find_model(name).config)
     changed.pop("num_classes", None)
-    return changed
+    return _plain(changed)
 
 
 def _changed(config: ZooConfig, default: ZooConfig) -> dict[str, Any]:
@@ -83,3 +83,9 @@ def _changed(config: ZooConfig, default: ZooConfig) -> dict[str, Any]:
             is_part = isinstance(mine, ZooConfig) and type(mine) is type(usual)
             changed[name] = _changed(mine, usual) if is_part else value
     return changed
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(own) for name, own in value.items()}
+    return [_plain(own) for own in value] if isinstance(value, (list, tuple)) else value

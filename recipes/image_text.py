@@ -10,7 +10,6 @@ feature.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import lightning as L
@@ -23,9 +22,9 @@ from longnet_zoo.image_text import zero_shot_classifier
 from longnet_zoo.layers import MemorySaving
 from longnet_zoo.ops.contrastive import contrastive_loss
 from longnet_zoo.parallel import ParallelContrastiveLoss
-from recipes.callbacks import ExactResumption, Throughput
+from recipes.callbacks import ExactResumption, SkippedSamples, Throughput
 from recipes.checkpoints import check_checkpoint
-from recipes.classification_metrics import UNLABELLED, log_skipped
+from recipes.classification_metrics import UNLABELLED, log_counts
 from recipes.classifiers import changed_options, check_modality
 from recipes.cli import run
 from recipes.figures import log_figure, pattern_figure
@@ -34,6 +33,7 @@ from recipes.image_text_figures import find_pairs, retrieval_figure
 from recipes.image_text_scores import Gallery, retrieval_scores
 from recipes.optimization import OptimizationConfig, total_grad_norm
 from recipes.run_folder import update_record
+from recipes.trainer_batches import run_steps
 
 __all__ = ["ImageTextMatcher", "main"]
 
@@ -98,31 +98,20 @@ class ImageTextMatcher(L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """Returns what makes a resumed run equal an unbroken one, from Python too."""
         count = lambda batch: len(batch["images"])  # noqa: E731
-        return [ExactResumption(), Throughput(unit="pairs", count=count)]
+        return [
+            ExactResumption(),
+            Throughput(unit="pairs", count=count),
+            SkippedSamples(unit="pairs", count=count),
+        ]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Makes the optimizer and its schedule."""
-        trainer = self.trainer
-        ends = [trainer.max_steps] if trainer.max_steps > 0 else []
-        if (trainer.max_epochs or -1) > 0:
-            # `estimated_stepping_batches` sets the loader up before its position is restored.
-            batches = len(trainer.datamodule.train_dataloader())
-            ends.append(trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
-        return self.optimization.build(self.model, run_steps=min(ends, default=math.inf))
+        return self.optimization.build(self.model, run_steps=run_steps(self.trainer))
 
     def setup(self, stage: str) -> None:
         """Compares each pair with those of all processes."""
         if self.trainer.world_size > 1:
             self.model.contrastive_loss_op = ParallelContrastiveLoss(dist.group.WORLD)
-
-    def on_train_start(self) -> None:
-        """Restores the position in the data where Lightning 2.6 does not.
-
-        It forgets the loader's state where a run was saved at the end of an epoch and goes on for
-        more epochs, and would then begin again with the order of the first one.
-        """
-        loop = self.trainer.fit_loop
-        loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Returns the contrastive loss; pairs with the same caption are no opposites."""
@@ -137,7 +126,7 @@ class ImageTextMatcher(L.LightningModule):
         """Returns the loss of a batch."""
         loss = self.loss(batch)
         self._losses.append(loss.detach())
-        self._log_counts("train", batch)
+        log_counts(self, "train", batch)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -151,12 +140,12 @@ class ImageTextMatcher(L.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Computes the features of a batch."""
         self._parts.append(self.embed(batch))
-        self._log_counts("val", batch)
+        log_counts(self, "val", batch)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Computes the features of a batch."""
         self._parts.append(self.embed(batch))
-        self._log_counts("test", batch)
+        log_counts(self, "test", batch)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
         """Computes the features of the images, and returns their names."""
@@ -173,9 +162,12 @@ class ImageTextMatcher(L.LightningModule):
 
     def on_predict_epoch_end(self) -> None:
         """Prints the images found for each query, and draws `queries.png`."""
-        data = self.trainer.datamodule
-        loader = data.gallery_loader(is_shared=False)
-        self.show(self.collect(), loader, queries=data.queries, name="queries")
+        data, gallery = self.trainer.datamodule, self.collect()
+        if len(gallery):
+            loader = data.gallery_loader(is_shared=False)
+            self.show(gallery, loader, queries=data.queries, name="queries")
+        elif self.trainer.is_global_zero:
+            print("Nothing to search: no image could be read.")
 
     def embed(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Returns the fields of a `Gallery` for a batch."""
@@ -274,20 +266,6 @@ class ImageTextMatcher(L.LightningModule):
             ValueError: The model or the optimizer differs; the message says in what.
         """
         check_checkpoint(self, checkpoint)
-
-    def _log_counts(self, split: str, batch: dict[str, Any]) -> None:
-        """Logs how many pairs of an epoch were skipped, and how many captions were cut."""
-        log_skipped(self, split, batch)
-        truncated = batch["num_truncated"].float()
-        self.log(
-            f"{split}_truncated",
-            truncated,
-            on_epoch=True,
-            on_step=False,
-            reduce_fx="sum",
-            sync_dist=True,
-            batch_size=1,
-        )
 
     def _log_held_out(self, split: str) -> None:
         gallery = self.collect()

@@ -3,13 +3,12 @@
 import collections
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 
 from recipes.callbacks import RunClock, Throughput
-from recipes.classification import limited
 from recipes.classification_metrics import UNLABELLED
 from recipes.image_text_scores import (
     KS,
@@ -19,6 +18,8 @@ from recipes.image_text_scores import (
     embed_bag_of_pixels,
     retrieval_scores,
 )
+from recipes.run_folder import run_lines
+from recipes.trainer_batches import held_out
 
 __all__ = ["ImageTextReport", "score_table"]
 
@@ -44,14 +45,14 @@ class ImageTextReport(RunClock):
             raise ValueError(f"max_baseline_pairs must be 0 or more, got {max_baseline_pairs}.")
         self._title, self._max_baseline_pairs = title, max_baseline_pairs
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tests on all processes, writes on the first."""
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tests on all processes, writes on the first; the last checkpoint is saved by then."""
         if trainer.fast_dev_run:
             return
         data = trainer.datamodule
-        split = "test" if data.has_test else "val"
-        if split == "test":
+        if data.has_test:
             _evaluate_test(trainer, pl_module)
+        split: Literal["val", "test"] = "test" if "test" in pl_module.galleries else "val"
         if split not in pl_module.galleries:
             print("No report: nothing is held out for validation or test.")
             return
@@ -84,7 +85,7 @@ class ImageTextReport(RunClock):
             "total_seconds": round(self.seconds, 1),
         }
         (folder / "metrics.json").write_text(json.dumps({"metrics": metrics}, indent=2) + "\n")
-        print(_summary(folder, split, metrics, rows, self._title or name))
+        print(_summary(trainer, split, metrics, rows, self._title or name))
 
     def _baseline_scores(self, data: Any, split: Any) -> Scores:
         training = data.eval_loader("train", limit=self._max_baseline_pairs, is_shared=False)
@@ -99,9 +100,10 @@ def _evaluate_test(trainer: L.Trainer, task: Any) -> None:
     was_training = task.training
     task.eval()
     with torch.no_grad(), trainer.precision_plugin.forward_context():
-        batches = limited(trainer.datamodule.test_dataloader(), trainer.limit_test_batches)
-        parts = [task.embed(trainer.strategy.batch_to_device(batch)) for batch in batches]
-        gallery = task.collect(parts)
+        batches = held_out(trainer, "test", counts_skipped=True)
+        parts = [task.embed(batch) for batch in batches]
+        # A limit may leave none.
+        gallery = task.collect(parts) if parts else ()
         if len(gallery):
             task.galleries["test"], task.scores["test"] = gallery, task.score(gallery)
     task.train(was_training)
@@ -140,7 +142,7 @@ def score_table(rows: dict[str, Scores]) -> str:
 
 
 def _summary(
-    folder: Path, split: str, metrics: dict[str, Any], rows: dict[str, Scores], title: str
+    trainer: L.Trainer, split: str, metrics: dict[str, Any], rows: dict[str, Scores], title: str
 ) -> str:
     rule = "-" * 78
     name = {"val": "validation", "test": "test"}[split]
@@ -160,14 +162,5 @@ def _summary(
             f"chance {metrics['zero_shot_chance']:.1%}, "
             f"commonest class {metrics['zero_shot_commonest_class']:.1%}"
         )
-    return "\n".join(
-        [
-            *lines,
-            f"{metrics['steps']:,} steps in {metrics['train_seconds'] / 60:.1f} minutes, "
-            f"{metrics['total_seconds'] / 60:.1f} with validation and test",
-            f"Pictures     {folder / 'retrieval.png'}, {folder / 'pattern.png'}",
-            f"Checkpoint   {folder / 'checkpoints' / 'last.ckpt'}",
-            f"Curves       {folder / 'metrics.csv'}, tensorboard --logdir {folder}",
-            rule,
-        ]
-    )
+    files = run_lines(trainer, metrics, ["retrieval.png", "pattern.png"])
+    return "\n".join([*lines, *files, rule])

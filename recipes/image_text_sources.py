@@ -324,11 +324,16 @@ def _find_table(source: Path) -> Path:
 
 
 def _read_csv(table: Path) -> dict[int, dict[str, str]]:
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        return {
-            row: {key: value or "" for key, value in record.items() if key is not None}
-            for row, record in enumerate(csv.DictReader(file), 1)
-        }
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            return {
+                row: {key: value or "" for key, value in record.items() if key is not None}
+                for row, record in enumerate(csv.DictReader(file), 1)
+            }
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(
+            f"a table must be readable as UTF-8, got {error} in {table}. Save it as such."
+        ) from error
 
 
 def _read_jsonl(table: Path) -> dict[int, dict[str, Any]]:

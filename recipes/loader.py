@@ -43,6 +43,7 @@ Sample = TypeVar("Sample")
 # Stands for a sample that counts for nothing, which evens out the number of batches on the ranks.
 FILLER = -1
 
+_HINT = "Or pass --data.on_error skip"
 _log = logging.getLogger(__name__)
 
 
@@ -286,9 +287,10 @@ class SkippingReader(Generic[Sample]):
             return self._read(place)
         except (OSError, ValueError) as error:
             if self._on_error == "raise":
+                if _HINT in str(error):  # of the reader of a part
+                    raise
                 raise ValueError(
-                    f"{error} (Or pass --data.on_error skip, which goes on without such "
-                    f"{self._unit}.)"
+                    f"{error} ({_HINT}, which goes on without such {self._unit}.)"
                 ) from error
             _log.warning("skipped: %s", error)
             return None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longnet_zoo.layers import MemorySaving
 from longnet_zoo.models import AudioModality, FramesModality
-from recipes.audio_classification import held_out
+from recipes.baselines import report
 from recipes.classification import UNLABELLED, ClassificationTask
 from recipes.classification_metrics import ClassificationMetrics
 from recipes.classifiers import changed_options, check_modality, create_classifier
@@ -29,7 +29,7 @@ from recipes.multimodal_data import MultimodalDataModule
 from recipes.multimodal_figures import SceneExample, scenes_figure
 from recipes.multimodal_loader import pixels
 from recipes.optimization import OptimizationConfig
-from recipes.slide_baselines import report
+from recipes.trainer_batches import held_out
 
 __all__ = ["MultimodalClassifier", "main", "restricted"]
 
@@ -152,7 +152,6 @@ class MultimodalClassifier(ClassificationTask):
             " + ".join(x): ClassificationMetrics(self.num_classes).to(self.device) for x in sets
         }
         for batch in held_out(self.trainer, split):
-            batch = self.trainer.strategy.batch_to_device(batch)
             for chosen, metric in zip(sets, metrics.values(), strict=True):
                 own = restricted(batch, chosen)
                 if own is not None:
@@ -164,7 +163,6 @@ class MultimodalClassifier(ClassificationTask):
         """Returns scenes that are whole."""
         examples: list[SceneExample] = []
         for batch in held_out(self.trainer, split):
-            batch = self.trainer.strategy.batch_to_device(batch)
             best = self.logits(batch).float().softmax(-1).max(-1)
             for row, label in enumerate(batch["labels"].tolist()):
                 is_whole = all(

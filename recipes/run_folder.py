@@ -19,13 +19,22 @@ import csv
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-__all__ = ["CurveLogger", "check_resumed_folder", "make_room", "read_curves", "update_record"]
+__all__ = [
+    "CurveLogger",
+    "check_resumed_folder",
+    "make_room",
+    "read_curves",
+    "run_lines",
+    "update_record",
+]
 
 # Only these are moved, in case somebody trains in a folder that holds other things.
 _ENTRIES = (
@@ -44,7 +53,6 @@ _ENTRIES = (
     "retrieval.png",
     "queries.png",
     "captions.png",
-    "multimodal.png",
 )
 
 
@@ -207,3 +215,26 @@ def _write_rows(path: Path, columns: list[str], rows: list[dict[str, str]]) -> N
         writer.writeheader()
         writer.writerows(rows)
     os.replace(new, path)
+
+
+def run_lines(trainer: L.Trainer, metrics: dict[str, Any], pictures: Sequence[str]) -> list[str]:
+    """Returns what ends a report: how long the run took, and the files that it left.
+
+    Args:
+        trainer: The trainer of the run.
+        metrics: Holds `steps`, `train_seconds` and `total_seconds`.
+        pictures: Names of pictures, of which those that are there are listed.
+    """
+    folder = Path(trainer.default_root_dir)
+    checkpoints = [getattr(x, "last_model_path", "") for x in trainer.checkpoint_callbacks]
+    curves = folder / "metrics.csv"
+    found = {
+        "Pictures": [str(folder / name) for name in pictures if (folder / name).is_file()],
+        "Checkpoint": [path for path in checkpoints if path][:1],
+        "Curves": [f"{curves}, tensorboard --logdir {folder}"] if curves.is_file() else [],
+    }
+    return [
+        f"{metrics['steps']:,} steps in {metrics['train_seconds'] / 60:.1f} minutes, "
+        f"{metrics['total_seconds'] / 60:.1f} with validation and test",
+        *(f"{title:<12} {', '.join(paths)}" for title, paths in found.items() if paths),
+    ]

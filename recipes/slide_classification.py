@@ -20,13 +20,15 @@ from torch import Tensor
 
 import longnet_zoo as lz
 from longnet_zoo.layers import MemorySaving
-from recipes.classification import ClassificationTask, limited
+from recipes.baselines import report
+from recipes.classification import ClassificationTask
 from recipes.classifiers import changed_options, check_modality
 from recipes.cli import run
 from recipes.optimization import OptimizationConfig
-from recipes.slide_baselines import BaselineConfig, Embed, compare, mean_of_tiles, report
+from recipes.slide_baselines import BaselineConfig, Embed, compare, mean_of_tiles
 from recipes.slide_data import SlideDataModule
 from recipes.slide_network import SlideNetwork
+from recipes.trainer_batches import held_out
 
 __all__ = ["SlideClassifier", "main"]
 
@@ -148,16 +150,12 @@ class SlideClassifier(ClassificationTask):
         if self.baselines is None or split not in self.figures:
             return
         trainer, data = self.trainer, self.trainer.datamodule
-        if split == "val":
-            held_out = limited(data.val_dataloader(), trainer.limit_val_batches)
-        else:
-            held_out = limited(data.test_dataloader(), trainer.limit_test_batches)
         max_slides = data.batch_size if trainer.fast_dev_run else self.baselines.max_slides
         results = compare(
             trainer,
             self._embedders(),
             train=data.sample_dataloader(max_slides),
-            held_out=held_out,
+            held_out=held_out(trainer, split),
             num_classes=self.num_classes,
             config=self.baselines,
             class_weights=self.loss_weights,

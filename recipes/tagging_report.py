@@ -4,7 +4,7 @@ import lightning as L
 
 from recipes.callbacks import RunClock, Throughput
 from recipes.classification_report import evaluate_test
-from recipes.run_folder import update_record
+from recipes.run_folder import run_lines, update_record
 
 __all__ = ["TaggingReport"]
 
@@ -15,7 +15,7 @@ class TaggingReport(RunClock):
     Where nothing is held out for the test, the task reports on the last validation.
     """
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tests on all processes; writes steps and time on the first."""
         if trainer.fast_dev_run:
             return
@@ -29,7 +29,4 @@ class TaggingReport(RunClock):
             "total_seconds": round(self.seconds, 1),
         }
         update_record(trainer.default_root_dir, metrics=metrics)
-        print(
-            f"{metrics['steps']:,} steps in {metrics['train_seconds'] / 60:.1f} minutes, "
-            f"{metrics['total_seconds'] / 60:.1f} with validation and test"
-        )
+        print("\n".join(run_lines(trainer, metrics, ["pattern.png"])))

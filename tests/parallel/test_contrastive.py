@@ -7,7 +7,6 @@ from tests.parallel.torchrun import check_case
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_pairs_over_processes_are_one_batch(tmp_path_factory, case, world_size):
-    check_case(tmp_path_factory, "tests.parallel.contrastive_cases", world_size, case)
+def test_pairs_over_processes_are_one_batch(tmp_path_factory, case):
+    check_case(tmp_path_factory, "tests.parallel.data_parallel_cases", 2, case)

@@ -5,10 +5,12 @@ import pytest
 from tests.recipes.text_runs import write_corpus
 
 
-@pytest.fixture(autouse=True)
-def no_process_arguments(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def no_process_arguments():
     """Hides pytest's own arguments, of which Lightning's command line would warn."""
-    monkeypatch.setattr(sys, "argv", ["recipes.text_lm"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["recipes.text_lm"])
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -62,14 +62,13 @@ def test_fit_test_and_predict(folder, tmp_path, capsys):
     assert sum(line[1] == "high" for line in lines) > 10
 
 
-# Five steps are an epoch.
-@pytest.mark.parametrize(("step", "workers"), [(7, 1), (10, 0)])
-def test_resumed_run_equals_an_unbroken_one(folder, tmp_path, step, workers):
+def test_resumed_run_equals_an_unbroken_one(folder, tmp_path):
+    step = 7  # within the second of three epochs
     options = {
         "model__model_options__dropout": 0.1,
         "model__mixup_alpha": 0.4,
         "model__baselines": "null",
-        "data__num_workers": workers,
+        "data__num_workers": 1,
     }
     whole = tmp_path / "whole"
     saved = [

@@ -73,6 +73,20 @@ def test_soundscapes_need_classes(tmp_path):
         made(tmp_path / "t.csv", soundscapes=SoundscapeConfig(), val_fraction=0, test_fraction=0)
 
 
+def test_a_task_gets_what_it_learns_from(folder, tmp_path):
+    """Else a tagger would train on nothing, with a loss of 0."""
+    data = AudioDataModule(source=str(folder), soundscapes=SoundscapeConfig())
+    data.setup("fit", model=tiny_model())
+    data.require("events")
+    with pytest.raises(ValueError, match=r"needs the label of every recording, got events of"):
+        data.require("label")
+    plain = AudioDataModule(source=str(folder))
+    plain.setup("fit", model=tiny_model())
+    plain.require("label")
+    with pytest.raises(ValueError, match=r"the events of every recording, got label of .*\.wav"):
+        plain.require("events")
+
+
 def test_transcripts_reach_the_batch(folder, tmp_path):
     path = next((folder / "low").iterdir())
     lines = ["path,transcript", *[f"{path},word {i}" for i in range(3)]]

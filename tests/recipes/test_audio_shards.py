@@ -123,6 +123,23 @@ def test_wrong_samples_are_refused(known, message):
         decoder(max_seconds=0.5)(parts(**known))
 
 
+@pytest.mark.parametrize(("needs", "known"), [("events", {"cls": b"1"}), ("label", {"txt": b"hi"})])
+def test_samples_without_what_a_task_needs_are_refused(needs, known):
+    decoder()(parts(**known))
+    with pytest.raises(ValueError, match=f"it has no {needs}"):
+        decoder(needs=needs)(parts(**known))
+
+
+def test_tasks_with_classes_need_their_names(tmp_path):
+    urls = write_tone_shards(tmp_path)
+    data = AudioDataModule(source=urls, val_source=urls)
+    data.setup("fit", model=tiny_model())
+    data.train_dataloader()
+    data.require("label")
+    with pytest.raises(ValueError, match=r"need the names of their classes, got class_names=None"):
+        data.train_dataloader()
+
+
 def test_data_module_trains_and_evaluates_from_shards(tmp_path):
     urls = write_tone_shards(tmp_path)
     data = AudioDataModule(

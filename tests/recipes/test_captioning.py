@@ -42,6 +42,17 @@ def arguments(source, run_dir, **changes):
     return [f"--{name.replace('__', '.')}={value}" for name, value in options.items()]
 
 
+def test_what_is_skipped_is_counted(folder, tmp_path, capsys):
+    (folder / "003.png").write_bytes(b"")
+    (folder / "021.png").write_bytes(b"")
+    options = {"trainer__max_steps": 4, "trainer__val_check_interval": 100}
+    main(["fit", *arguments(folder, tmp_path / "run", **options), *REPORT])
+    out = capsys.readouterr().out
+    assert "skipped 1 of 17 pairs in training; the log says which" in out
+    # The test of the report.
+    assert "skipped 1 of 4 pairs in test; the log says which" in out
+
+
 def test_fit_test_and_predict(folder, tmp_path, capsys):
     """It learns which word belongs to which colour, and shows it."""
     run_dir = tmp_path / "run"
@@ -80,10 +91,8 @@ def test_fit_test_and_predict(folder, tmp_path, capsys):
     assert lines == [[str(photos / f"{i:03d}.png"), f"a {colours[i % 3]} one"] for i in range(6)]
 
 
-@pytest.mark.parametrize("source", ["table", "shards"])
-def test_resumed_run_equals_an_unbroken_one(folder, tmp_path, source):
-    if source == "shards":
-        folder = write_shard(tmp_path / "train.tar")
+def test_resumed_run_equals_an_unbroken_one(tmp_path):
+    shard = write_shard(tmp_path / "train.tar")
     options = {"model__model_options__dropout": 0.1}
     saved = [
         "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
@@ -91,9 +100,9 @@ def test_resumed_run_equals_an_unbroken_one(folder, tmp_path, source):
         "--trainer.callbacks.every_n_train_steps=5",
         "--trainer.callbacks.save_top_k=-1",
     ]
-    main(["fit", *arguments(folder, tmp_path / "whole", **options), *saved])
+    main(["fit", *arguments(shard, tmp_path / "whole", **options), *saved])
     (checkpoint,) = tmp_path.glob("*step=5.ckpt")
-    rest = arguments(folder, tmp_path / "rest", **options)
+    rest = arguments(shard, tmp_path / "rest", **options)
     main(["fit", *rest, *saved, f"--ckpt_path={checkpoint}"])
     expected = curve(tmp_path / "whole", "train_loss")
     assert len(expected) == 8
@@ -183,7 +192,7 @@ def test_checkpoint_makes_the_model_again(folder, tmp_path):
 def test_report_without_held_out_pairs(folder, tmp_path, capsys):
     table = (folder / "pairs.csv").read_text().replace("val", "train").replace("test", "train")
     (folder / "pairs.csv").write_text(table)
-    main(["fit", *arguments(folder, tmp_path / "run"), *REPORT])
+    main(["fit", *arguments(folder, tmp_path / "run", trainer__max_steps=2), *REPORT])
     assert "No report: nothing is held out" in capsys.readouterr().out
     assert not (tmp_path / "run" / "captions.png").exists()
 
@@ -193,7 +202,8 @@ def test_report_of_validation_and_without_counting(folder, tmp_path):
     (folder / "pairs.csv").write_text(table)
     run_dir = tmp_path / "run"
     counted = "--trainer.callbacks.num_counted=0"
-    main(["fit", *arguments(folder, run_dir), *REPORT, counted])
+    options = {"trainer__max_steps": 1, "trainer__val_check_interval": 1}
+    main(["fit", *arguments(folder, run_dir, **options), *REPORT, counted])
     metrics = json.loads((run_dir / "metrics.json").read_text())["metrics"]
     assert "val_exact" in metrics
     assert not any("without_image" in name for name in metrics)

@@ -280,6 +280,8 @@ def test_changed_options_make_the_same_model_without_its_weights():
     model = create_classifier(NAME, num_classes=3, options={**tiny_vit(), "head_offset": "block"})
     options = changed_options(model, NAME)
     assert options["head_offset"] == "block"
+    # As the command line writes them.
+    assert options["segment_lengths"] == list(model.config.segment_lengths)
     assert "num_classes" not in options
     assert "eps" not in options
     again = lz.create_model(NAME, num_classes=3, **options)

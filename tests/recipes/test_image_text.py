@@ -97,16 +97,69 @@ def test_fit_test_and_predict(folder, tmp_path, capsys):
     assert (run_dir / "queries.png").stat().st_size > 5000
 
 
-def test_resumed_run_has_the_same_curve(folder, tmp_path):
-    whole = arguments(folder, tmp_path / "whole", trainer__max_steps=9)
-    main(["fit", *whole, *last_checkpoint_every(3)])
-    part = arguments(folder, tmp_path / "part", trainer__max_steps=9)
-    stopped = [*part, "--trainer.limit_train_batches=1.0", "--model.optimization.decay_steps=9"]
-    main(["fit", *stopped, "--trainer.max_steps=4", *last_checkpoint_every(3)])
-    main(["fit", *part, "--ckpt_path=last", *last_checkpoint_every(3)])
+def test_what_is_skipped_is_counted_and_nothing_to_search_is_said(folder, tmp_path, capsys):
+    damaged = write_table(tmp_path / "pairs", per_colour=16, row3={"caption": ""})
+    (damaged / "06.png").write_bytes(b"")
+    run_dir = tmp_path / "run"
+    held_out = {"data__val_fraction": 0.0, "data__test_fraction": 0.0}
+    options = arguments(damaged, run_dir, trainer__max_epochs=1, **held_out)
+    main(["fit", *options])
+    assert "skipped 2 of 50 pairs in training; the log says which" in capsys.readouterr().out
+    main(["predict", *options, f"--data.predict_source={damaged / '06.png'}"])
+    out = capsys.readouterr().out
+    assert "Nothing to search: no image could be read." in out
+    assert "skipped 1 of 1 pairs in prediction; the log says which" in out
+    assert not (run_dir / "queries.png").exists()
+
+
+def test_report_is_on_validation_where_the_test_is_limited_to_nothing(folder, tmp_path, capsys):
+    options = {"trainer__limit_test_batches": 0, "trainer__logger": "false"}
+    main(["fit", *arguments(folder, tmp_path / "run", trainer__max_epochs=1, **options), *REPORT])
+    out = capsys.readouterr().out
+    assert "validation pairs" in out
+    assert f"Checkpoint   {tmp_path / 'run/checkpoints/last.ckpt'}" in out
+    # Nothing is listed that is not there.
+    assert "metrics.csv" not in out
+    assert (tmp_path / "run/retrieval.png").is_file()
+
+
+def test_a_test_that_fails_does_not_cost_the_training(folder, tmp_path, capsys, monkeypatch):
+    def fail(self):
+        raise ValueError("test shards are gone")
+
+    monkeypatch.setattr(ImageTextDataModule, "test_dataloader", fail)
+    run_dir = tmp_path / "run"
+    with pytest.raises(ValueError, match="test shards are gone"):
+        main(["fit", *arguments(folder, run_dir, trainer__max_steps=3), *REPORT])
+    saved = torch.load(run_dir / "checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
+
+
+def saved_at_step_4(folder):
+    return [
+        "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
+        f"--trainer.callbacks.dirpath={folder}",
+        "--trainer.callbacks.every_n_train_steps=4",
+        "--trainer.callbacks.save_top_k=-1",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole_run(folder, tmp_path_factory):
+    """Two epochs of three steps, by one process, and without a break."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    main(["fit", *arguments(folder, run_dir, trainer__max_steps=6), *saved_at_step_4(run_dir)])
+    return run_dir
+
+
+def test_resumed_run_has_the_same_curve(folder, whole_run, tmp_path):
+    (checkpoint,) = whole_run.glob("*step=4.ckpt")
+    rest = [*arguments(folder, tmp_path, trainer__max_steps=6), *saved_at_step_4(whole_run)]
+    main(["fit", *rest, f"--ckpt_path={checkpoint}"])
     for name in ("train_loss", "grad_norm", "lr", "val_loss"):
-        assert curve(tmp_path / "part", name) == curve(tmp_path / "whole", name)
-    assert len(curve(tmp_path / "whole", "train_loss")) == 9
+        expected = curve(whole_run, name)
+        assert curve(tmp_path, name) == {i: x for i, x in expected.items() if i >= 4}
+    assert len(curve(whole_run, "train_loss")) == 6
 
 
 def test_icons_are_the_default_and_pages_of_them_are_long(tmp_path):
@@ -233,29 +286,26 @@ def test_damaged_pairs_are_counted_in_the_log(tmp_path):
     folder = write_table(tmp_path / "pairs", per_colour=8, row2={"caption": ""})
     (folder / "05.png").write_bytes(b"cut")
     run_dir = tmp_path / "run"
-    options = arguments(folder, run_dir, data__val_fraction=0, data__test_fraction=0)
-    main(["fit", *options, "--trainer.max_epochs=1", "--data.long_captions=truncate"])
-    assert curve(run_dir, "train_skipped") == {2: 2.0}
     shorter = json.dumps({**tiny_options(), "max_text_len": 6})
-    again = arguments(folder, tmp_path / "cut", model__model_options=shorter)
-    main(["fit", *again, "--trainer.max_epochs=1", "--data.test_fraction=0"])
-    assert next(iter(curve(tmp_path / "cut", "train_truncated").values())) > 5
+    options = arguments(folder, run_dir, data__val_fraction=0, data__test_fraction=0)
+    main(["fit", *options, "--trainer.max_epochs=1", f"--model.model_options={shorter}"])
+    assert curve(run_dir, "train_skipped") == {2: 2.0}
+    assert next(iter(curve(run_dir, "train_truncated").values())) > 5
 
 
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
 def test_without_a_test_the_report_is_of_the_validation(folder, tmp_path, capsys):
-    run_dir = tmp_path / "run"
-    options = arguments(folder, run_dir, trainer__max_epochs=1, data__test_fraction=0)
-    main(["fit", *options, *REPORT])
-    assert "validation pairs" in capsys.readouterr().out
-    metrics = json.loads((run_dir / "metrics.json").read_text())["metrics"]
-    assert "val_recall@5" in metrics
-    nothing = arguments(
-        folder, tmp_path / "n", trainer__max_epochs=1, data__test_fraction=0, data__val_fraction=0
-    )
-    main(["fit", *nothing, *REPORT])
-    assert "No report: nothing is held out" in capsys.readouterr().out
+    def fit(module):
+        callbacks = [ImageTextReport(title="Dots")]
+        trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=callbacks)
+        trainer.fit(task(), module)
+        return capsys.readouterr().out
+
     module = data(folder, test_fraction=0.0)
-    module.setup("test", model=tiny_model())
+    assert "validation pairs" in fit(module)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    assert "val_recall@5" in metrics
+    assert "No report: nothing is held out" in fit(data(folder, test_fraction=0, val_fraction=0))
     with pytest.raises(ValueError, match=r"the test needs pairs, .*test_fraction=0.0 and"):
         module.test_dataloader()
 
@@ -326,12 +376,12 @@ def test_what_does_not_fit_the_model_is_refused(folder, tmp_path):
         data(only).setup("fit", model=tiny_model())
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_train_as_one(folder, tmp_path):
-    one = arguments(folder, tmp_path / "one", trainer__max_steps=3)
-    main(["fit", *one])
-    two = arguments(folder, tmp_path / "two", trainer__max_steps=3, data__batch_size=4)
+def test_two_processes_train_as_one(folder, whole_run, tmp_path):
+    two = arguments(folder, tmp_path, trainer__max_steps=3, data__batch_size=4)
+    two += ["--model.optimization.decay_steps=6"]
     main(["fit", *two, "--trainer.devices=2", "--trainer.strategy=ddp_spawn"])
     for name in ("train_loss", "val_loss", "val_recall@5"):
-        expected = curve(tmp_path / "one", name)
-        assert curve(tmp_path / "two", name) == pytest.approx(expected, rel=1e-4)
+        expected = {i: x for i, x in curve(whole_run, name).items() if i < 3}
+        assert curve(tmp_path, name) == pytest.approx(expected, rel=1e-4)

@@ -166,6 +166,13 @@ def test_damaged_tables_are_refused_by_row(tmp_path, content, message):
         table(tmp_path, columns=TableColumns())
 
 
+def test_table_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "pairs.csv").write_bytes("image,caption\na.png,caf\xe9\n".encode("latin-1"))
+    message = r"UTF-8, got .*byte 0xe9.* in .*pairs\.csv\. Save it as such"
+    with pytest.raises(ValueError, match=message):
+        load_table(tmp_path, columns=TableColumns(), val_fraction=0, test_fraction=0, max_pixels=99)
+
+
 def test_what_is_no_table_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"one .csv or .jsonl file.*with none"):
         table(tmp_path)

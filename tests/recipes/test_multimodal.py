@@ -49,9 +49,9 @@ def arguments(run_dir, **changes):
         "data__batch_size": 4,
         "data__scenes__families": ["tabla", "drum"],
         "data__scenes__num_moments": 2,
-        "data__scenes__num_train": 16,
-        "data__scenes__num_val": 4,
-        "data__scenes__num_test": 8,
+        "data__scenes__num_train": 8,
+        "data__scenes__num_val": 2,
+        "data__scenes__num_test": 4,
     }
     options |= {f"model__model_options__{name}": value for name, value in MODEL.items()}
     options |= changes
@@ -63,7 +63,7 @@ REPORT = ["--trainer.callbacks+=recipes.classification_report.ClassificationRepo
 
 def test_fit_test_and_predict(tmp_path, capsys):
     run_dir = tmp_path / "run"
-    main(["fit", *arguments(run_dir), *last_checkpoint_every(4), *REPORT])
+    main(["fit", *arguments(run_dir), *last_checkpoint_every(2), *REPORT])
     out = capsys.readouterr().out
     table = [line.split("  ")[0].strip() for line in out.split("\ntest ")[1].splitlines()[1:9]]
     sets = ["video + audio + text", "video + audio", "video + text", "audio + text", *NAMES]
@@ -78,7 +78,7 @@ def test_fit_test_and_predict(tmp_path, capsys):
     assert "video + audio + text" in capsys.readouterr().out
     main(["predict", *arguments(run_dir)])
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines() if "\t" in line]
-    assert len(lines) == 8
+    assert len(lines) == 4
     assert all("Digit while" in line[0] and line[1] in "0123456789" for line in lines)
 
 
@@ -87,22 +87,23 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path):
     saved = [
         "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
         f"--trainer.callbacks.dirpath={tmp_path}",
-        "--trainer.callbacks.every_n_train_steps=6",
+        "--trainer.callbacks.every_n_train_steps=3",
         "--trainer.callbacks.save_top_k=-1",
     ]
     main(["fit", *arguments(tmp_path / "whole", **options), *saved])
-    (checkpoint,) = tmp_path.glob("*step=6.ckpt")
+    (checkpoint,) = tmp_path.glob("*step=3.ckpt")
     rest = [*arguments(tmp_path / "rest", **options), f"--ckpt_path={checkpoint}"]
     main(["fit", *rest, *saved])
     expected = curve(tmp_path / "whole", "train_loss")
-    assert len(expected) == 8
+    assert len(expected) == 4
     found = curve(tmp_path / "rest", "train_loss")
-    assert found == {step: loss for step, loss in expected.items() if step >= 6}
+    assert found == {step: loss for step, loss in expected.items() if step >= 3}
 
 
 def data_and_task(modalities=MODALITIES, **options):
     task = MultimodalClassifier(model_options={**MODEL, "modalities": modalities})
-    scenes = SceneConfig(families=("tabla", "drum"), num_moments=2, num_test=6, num_train=8)
+    sizes = {"num_train": 8, "num_val": 4, "num_test": 6}
+    scenes = SceneConfig(families=("tabla", "drum"), num_moments=2, **sizes)
     data = MultimodalDataModule(scenes=scenes, batch_size=6, **options)
     data.setup("test", model=task.model)
     return data, task.eval()
