@@ -91,6 +91,7 @@ class RecipeCLI(LightningCLI):
         *,
         args: list[str] | None = None,
     ) -> None:
+        self._args = sys.argv[1:] if args is None else args
         self._checkpoint: dict[str, Any] | None = None
         self._pretrained: Any = False
         super().__init__(
@@ -110,6 +111,11 @@ class RecipeCLI(LightningCLI):
             # A task stores plain values, the same from here and from Python.
             load_from_checkpoint_support=False,
         )
+
+    def subcommands(self) -> dict[str, set[str]]:
+        """Lists the command that is asked for, else all: each has a parser that is slow to make."""
+        every = super().subcommands()
+        return {name: every[name] for name in self._args[:1] if name in every} or every
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Makes a parser that takes no abbreviations: `--trainer.max_step` is a mistake."""

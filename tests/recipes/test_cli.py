@@ -67,6 +67,28 @@ def test_command_line_wins_over_the_checkpoint(corpus, trained, cli, lr):
     assert built.model.optimization.lr == lr
 
 
+@pytest.mark.parametrize(
+    ("args", "made"),
+    [(["test", "--help"], ["test"]), (["--help"], ["fit", "validate", "test", "predict"])],
+    ids=["a command", "none"],
+)
+def test_only_the_parser_of_the_command_is_made(args, made, capsys, monkeypatch):
+    parsers = []
+    init = RecipeCLI.init_parser
+
+    def record(self, **options):
+        parsers.append(options.get("description"))
+        return init(self, **options)
+
+    monkeypatch.setattr(RecipeCLI, "init_parser", record)
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 0
+    # One more is that of the programme.
+    assert len(parsers) == 1 + len(made)
+    assert all(command in capsys.readouterr().out for command in made[:1])
+
+
 @pytest.mark.parametrize("where", ["command line", "file"])
 @pytest.mark.parametrize("option", ["model.learning_rate", "data.seqlen", "trainer.max_step"])
 def test_mistyped_option_is_refused(corpus, tmp_path, capsys, option, where):
