@@ -176,7 +176,11 @@ def test_random_numbers_differ_between_steps_and_ranks():
     for rank in (0, 1):
         for batches in (1, 2, 3):
             progress = SimpleNamespace(total=SimpleNamespace(ready=batches))
-            loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+            loop = SimpleNamespace(
+                epoch_loop=SimpleNamespace(batch_progress=progress),
+                _combined_loader=SimpleNamespace(_load_state_dicts=lambda states: None),
+                _combined_loader_states_to_load=[],
+            )
             trainer = SimpleNamespace(fit_loop=loop, global_rank=rank, global_step=batches - 1)
             callback.on_train_start(trainer, None)
             callback.on_train_batch_start(trainer, None, None, 0)
