@@ -9,24 +9,21 @@ processes changes nothing.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
 
 from .audio_samples import AudioSample
 from .loader import (
-    FILLER,
     Batch,
-    EpochOrder,
     FixedLoader,
     OnError,
     SeededLoader,
-    SkippingReader,
     fair_order,
 )
+from .sample_batches import EvalBatches, TrainBatches
 
 __all__ = ["FILLER_SAMPLE", "AudioSamples", "EvalAudio", "TrainAudio", "collate"]
 
@@ -77,7 +74,14 @@ class TrainAudio(SeededLoader):
         pin_memory: bool = False,
     ) -> None:
         super().__init__(
-            _TrainBatches(source, seed=seed, on_error=on_error),
+            TrainBatches(
+                functools.partial(_draw, source),
+                collate=collate,
+                num_samples=len(source),
+                unit="recordings",
+                seed=seed,
+                on_error=on_error,
+            ),
             num_samples=len(source),
             unit="recordings",
             order={"num_recordings": len(source)},
@@ -121,7 +125,14 @@ class EvalAudio(FixedLoader):
         pin_memory: bool = False,
     ) -> None:
         super().__init__(
-            _EvalBatches(source, on_error=on_error),
+            EvalBatches(
+                source.read,
+                collate=collate,
+                filler=_filler,
+                num_samples=len(source),
+                unit="recordings",
+                on_error=on_error,
+            ),
             fair_order(len(source)) if is_mixed else range(len(source)),
             batch_size=batch_size,
             rank=rank,
@@ -149,45 +160,9 @@ def collate(samples: Sequence[AudioSample], *, num_skipped: int = 0) -> Batch:
     }
 
 
-class _Batches(Dataset[Batch]):
-    """Reads samples; what a request is, a subclass says."""
-
-    def __init__(self, source: AudioSamples, *, on_error: OnError) -> None:
-        self._source, self._on_error = source, on_error
-
-    def _reader(self, read: Any) -> SkippingReader[AudioSample]:
-        return SkippingReader(
-            read, num_samples=len(self._source), unit="recordings", on_error=self._on_error
-        )
+def _draw(source: AudioSamples, place: int, seed: tuple[int, ...]) -> AudioSample:
+    return source.read(place, np.random.default_rng(seed))
 
 
-class _TrainBatches(_Batches):
-    """Makes the batch of a request (epoch, first place in the epoch's order, number of samples)."""
-
-    def __init__(self, source: AudioSamples, *, seed: int, on_error: OnError) -> None:
-        super().__init__(source, on_error=on_error)
-        self._seed = seed
-        self._order = EpochOrder(len(source), seed=seed)
-
-    def __getitem__(self, request: tuple[int, int, int]) -> Batch:
-        epoch, first, count = request
-        reader = self._reader(functools.partial(self._read, epoch))
-        samples, skipped = [], 0
-        for place in self._order.samples(epoch, first=first, count=count):
-            _, sample, number = reader.read_from(place)
-            samples.append(sample)
-            skipped += number
-        return collate(samples, num_skipped=skipped)
-
-    def _read(self, epoch: int, place: int) -> AudioSample:
-        return self._source.read(place, np.random.default_rng((self._seed, epoch, place)))
-
-
-class _EvalBatches(_Batches):
-    """Makes the batch of a request, a list of places."""
-
-    def __getitem__(self, request: list[int]) -> Batch:
-        reader = self._reader(self._source.read)
-        read = [None if place == FILLER else reader.read(place) for place in request]
-        skipped = sum(x is None and place != FILLER for x, place in zip(read, request, strict=True))
-        return collate([sample or FILLER_SAMPLE for sample in read], num_skipped=skipped)
+def _filler() -> AudioSample:
+    return FILLER_SAMPLE

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
 
 from longnet_zoo.batch_tokenizer import BatchTokenizer
 
@@ -27,15 +26,13 @@ from .classification_metrics import UNLABELLED
 from .image_files import no_pixel_limit
 from .image_text_sources import Pairs
 from .loader import (
-    FILLER,
     Batch,
-    EpochOrder,
     FixedLoader,
     OnError,
     SeededLoader,
-    SkippingReader,
     fair_order,
 )
+from .sample_batches import EvalBatches, TrainBatches
 from .seeding import seeded
 
 __all__ = ["NO_PAIR", "EvalPairs", "LongCaptions", "PairEncoder", "TrainPairs", "collate_pairs"]
@@ -156,7 +153,14 @@ class TrainPairs(SeededLoader):
         pin_memory: bool = False,
     ) -> None:
         super().__init__(
-            _TrainBatches(pairs, encoder=encoder, seed=seed, on_error=on_error),
+            TrainBatches(
+                functools.partial(_read, pairs, encoder),
+                collate=functools.partial(collate_pairs, pad_id=encoder.tokenizer.pad_id),
+                num_samples=len(pairs.names),
+                unit="pairs",
+                seed=seed,
+                on_error=on_error,
+            ),
             num_samples=len(pairs.names),
             unit="pairs",
             order={"num_pairs": len(pairs.names)},
@@ -202,7 +206,14 @@ class EvalPairs(FixedLoader):
         pin_memory: bool = False,
     ) -> None:
         super().__init__(
-            _EvalBatches(pairs, encoder=encoder, on_error=on_error),
+            EvalBatches(
+                functools.partial(_read, pairs, encoder),
+                collate=functools.partial(collate_pairs, pad_id=encoder.tokenizer.pad_id),
+                filler=encoder.filler,
+                num_samples=len(pairs.names),
+                unit="pairs",
+                on_error=on_error,
+            ),
             fair_order(len(pairs.names))[:limit],
             batch_size=batch_size,
             rank=rank,
@@ -212,62 +223,17 @@ class EvalPairs(FixedLoader):
         )
 
 
-class _Batches(Dataset[Batch]):
-    """Reads and encodes pairs; what a request is, a subclass says."""
-
-    def __init__(self, pairs: Pairs, *, encoder: PairEncoder, on_error: OnError) -> None:
-        self._pairs, self._encoder, self._on_error = pairs, encoder, on_error
-
-    def _reader(self, *seed: int) -> SkippingReader[Sample]:
-        """Returns a reader of pairs as these numbers draw them; none: as they always look."""
-        return SkippingReader(
-            functools.partial(self._read, seed),
-            num_samples=len(self._pairs.names),
-            unit="pairs",
-            on_error=self._on_error,
-        )
-
-    def _read(self, seed: tuple[int, ...], place: int) -> Sample:
-        draws = np.random.default_rng((*seed, place)) if seed else None
-        image, caption = self._pairs.read(place, generator=draws)
-        return self._encoder(
-            image,
-            caption,
-            name=self._pairs.names[place],
-            label=self._pairs.labels[place],
-            seed=(*seed, place),
-        )
-
-
-class _TrainBatches(_Batches):
-    """Makes the batch of a request (epoch, first place in the epoch's order, number of pairs)."""
-
-    def __init__(self, pairs: Pairs, *, seed: int, **options: Any) -> None:
-        super().__init__(pairs, **options)
-        self._seed = seed
-        self._order = EpochOrder(len(pairs.names), seed=seed)
-
-    def __getitem__(self, request: tuple[int, int, int]) -> Batch:
-        epoch, first, count = request
-        reader = self._reader(self._seed, epoch)
-        places = self._order.samples(epoch, first=first, count=count)
-        _, samples, skipped = zip(*map(reader.read_from, places), strict=True)
-        return collate_pairs(
-            samples, pad_id=self._encoder.tokenizer.pad_id, num_skipped=sum(skipped)
-        )
-
-
-class _EvalBatches(_Batches):
-    """Makes the batch of a request, a list of places."""
-
-    def __getitem__(self, request: list[int]) -> Batch:
-        reader = self._reader()
-        read = [None if place == FILLER else reader.read(place) for place in request]
-        skipped = sum(
-            sample is None and place != FILLER for sample, place in zip(read, request, strict=True)
-        )
-        samples = [self._encoder.filler() if sample is None else sample for sample in read]
-        return collate_pairs(samples, pad_id=self._encoder.tokenizer.pad_id, num_skipped=skipped)
+def _read(pairs: Pairs, encoder: PairEncoder, place: int, seed: tuple[int, ...] = ()) -> Sample:
+    """Reads a pair as these numbers draw it; without them, as it always looks."""
+    draws = np.random.default_rng(seed) if seed else None
+    image, caption = pairs.read(place, generator=draws)
+    return encoder(
+        image,
+        caption,
+        name=pairs.names[place],
+        label=pairs.labels[place],
+        seed=seed or (place,),
+    )
 
 
 def collate_pairs(samples: Sequence[Sample], *, pad_id: int, num_skipped: int = 0) -> Batch:

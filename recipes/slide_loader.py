@@ -9,6 +9,7 @@ A batch is a dict; b slides, n tiles of the longest one, d channels:
 - `num_skipped`, the slides that could not be read for it.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -16,18 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
 
 from .classification_metrics import UNLABELLED
 from .loader import (
-    FILLER,
     Batch,
-    EpochOrder,
     FixedLoader,
     OnError,
     SeededLoader,
-    SkippingReader,
 )
+from .sample_batches import EvalBatches, TrainBatches
 
 __all__ = ["EvalLoader", "Slide", "SlideSet", "TrainLoader", "collate"]
 
@@ -113,7 +111,14 @@ class TrainLoader(SeededLoader):
     ) -> None:
         num_slides = len(slides.labels)
         super().__init__(
-            _TrainBatches(slides, on_error=on_error, max_tiles=max_tiles, seed=seed),
+            TrainBatches(
+                functools.partial(_thinned, slides, max_tiles),
+                collate=collate,
+                num_samples=num_slides,
+                unit="slides",
+                seed=seed,
+                on_error=on_error,
+            ),
             num_samples=num_slides,
             unit="slides",
             order={"num_slides": num_slides},
@@ -156,7 +161,14 @@ class EvalLoader(FixedLoader):
         pin_memory: bool = False,
     ) -> None:
         super().__init__(
-            _EvalBatches(slides, on_error=on_error),
+            EvalBatches(
+                slides.__getitem__,
+                collate=collate,
+                filler=functools.partial(_filler, slides),
+                num_samples=len(slides.labels),
+                unit="slides",
+                on_error=on_error,
+            ),
             range(len(slides.labels)) if indices is None else indices,
             batch_size=batch_size,
             rank=rank,
@@ -166,49 +178,17 @@ class EvalLoader(FixedLoader):
         )
 
 
-class _Batches(Dataset[Batch]):
-    """Reads slides; what a request is, a subclass says."""
-
-    def __init__(self, slides: SlideSet, *, on_error: OnError) -> None:
-        self._slides = slides
-        self._reader = SkippingReader(
-            slides.__getitem__, num_samples=len(slides.labels), unit="slides", on_error=on_error
-        )
-
-
-class _TrainBatches(_Batches):
-    """Makes the batch of a request (epoch, first place in the epoch's order, number of slides)."""
-
-    def __init__(
-        self, slides: SlideSet, *, on_error: OnError, max_tiles: int | None, seed: int
-    ) -> None:
-        super().__init__(slides, on_error=on_error)
-        self._max_tiles, self._seed = max_tiles, seed
-        self._order = EpochOrder(len(slides.labels), seed=seed)
-
-    def __getitem__(self, request: tuple[int, int, int]) -> Batch:
-        epoch, first, count = request
-        chosen = self._order.samples(epoch, first=first, count=count)
-        found = [self._reader.read_from(index) for index in chosen]
-        slides = [self._sample(epoch, index, slide) for index, slide, _ in found]
-        return collate(slides, num_skipped=sum(number for *_, number in found))
-
-    def _sample(self, epoch: int, index: int, slide: Slide) -> Slide:
-        if self._max_tiles is None or len(slide.tiles) <= self._max_tiles:
-            return slide
-        draw = np.random.default_rng((self._seed, epoch, index))
-        chosen = draw.choice(len(slide.tiles), self._max_tiles, replace=False)
-        kept = torch.from_numpy(np.sort(chosen))
-        return slide._replace(tiles=slide.tiles[kept], coords=slide.coords[kept])
+def _thinned(slides: SlideSet, max_tiles: int | None, place: int, seed: tuple[int, ...]) -> Slide:
+    """Reads a slide, and takes a sample of its tiles where it has too many."""
+    slide = slides[place]
+    if max_tiles is None or len(slide.tiles) <= max_tiles:
+        return slide
+    draw = np.random.default_rng(seed)
+    chosen = draw.choice(len(slide.tiles), max_tiles, replace=False)
+    kept = torch.from_numpy(np.sort(chosen))
+    return slide._replace(tiles=slide.tiles[kept], coords=slide.coords[kept])
 
 
-class _EvalBatches(_Batches):
-    """Makes the batch of a request, a list of places."""
-
-    def __getitem__(self, request: list[int]) -> Batch:
-        read = [None if place == FILLER else self._reader.read(place) for place in request]
-        skipped = read.count(None) - request.count(FILLER)
-        # A tile that the encoder can read, and that counts for nothing.
-        dim = self._slides.input_dim
-        filler = Slide(torch.zeros(1, dim), torch.zeros(1, 2), UNLABELLED, "")
-        return collate([slide or filler for slide in read], num_skipped=skipped)
+def _filler(slides: SlideSet) -> Slide:
+    """Makes a slide of a tile that the encoder can read, and that counts for nothing."""
+    return Slide(torch.zeros(1, slides.input_dim), torch.zeros(1, 2), UNLABELLED, "")
