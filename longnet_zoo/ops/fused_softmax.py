@@ -182,10 +182,13 @@ class FusedSoftmax(JointSoftmax):
         for branch, (segment_length, rate) in enumerate(schedule.lengths):
             if branch == schedule.last and not schedule.attends:
                 continue
-            num_tiles = -(-min(segment_length, longest) // (rate * _BAND_BLOCK))
+            width = min(segment_length, longest)
+            num_tiles = -(-width // (rate * _BAND_BLOCK))
             first = 1 - num_tiles
             num_bands = num_tiles if self.is_causal else 2 * num_tiles - 1
-            num_shares = max(1, _BAND_PROGRAMMES // (num_bands * num_heads))
+            # A band has at most a tile for each tile of rows of the longest sequence.
+            num_shares = _BAND_PROGRAMMES // (num_bands * num_heads)
+            num_shares = max(1, min(num_shares, num_tiles * -(-longest // width)))
             shape = (num_shares, num_heads, num_bands, _BAND_BLOCK, _BAND_BLOCK)
             bands = torch.empty(shape, dtype=torch.float32, device=delta.device)
             bias_gradient[num_bands, num_heads, num_shares](
