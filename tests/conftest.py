@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-DISTRIBUTED_TIMEOUT_S = 120
+DISTRIBUTED_TIMEOUT_S = 400
 
 
 class _TorchRandom:

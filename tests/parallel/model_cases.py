@@ -242,39 +242,8 @@ def attention_is_kept():
     assert counts == {False: 4, True: 2}  # two layers
 
 
-def compiled_parts():
-    """A compiled loss over parts: one graph, with its collectives and gradients."""
-    torch.manual_seed(0)
-    model = text_model()
-    tokens = torch.randint(VOCAB_SIZE, (1, 8 * dist.get_world_size()))
-    expected = model.loss(tokens, tokens, reduction="sum")
-    expected_grads = torch.autograd.grad(expected, tuple(model.parameters()))
-    parallelize(model, mesh_of(), inputs="sharded")
-    loss_of = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
-    part = shard_sequence(tokens, mesh_of())
-    loss = loss_of(part, part, reduction="sum")
-    torch.testing.assert_close(loss, expected, **TOLERANCE)
-    loss.backward()
-    assert_gradients(model, [p.grad for p in model.parameters()], expected_grads)
-
-
-def compiled_whole_inputs():
-    """With padding, which is read between graphs."""
-    torch.manual_seed(0)
-    model = text_model()
-    tokens = torch.randint(VOCAB_SIZE, (1, SEQ_LEN))
-    expected = model(tokens)
-    expected_grads = gradients(model, expected)
-    parallelize(model, mesh_of())
-    out = torch.compile(model, backend="aot_eager")(tokens)
-    torch.testing.assert_close(out, expected, **TOLERANCE)
-    assert_gradients(model, averaged(model, out), expected_grads)
-
-
 CASES = {
     **refusals.CASES,
-    "compiled_parts": compiled_parts,
-    "compiled_whole_inputs": compiled_whole_inputs,
     "gradients_of_what_comes_before": gradients_of_what_comes_before,
     "new_parameters_are_averaged_too": new_parameters_are_averaged_too,
     "heads_of_ranks_drop_apart": heads_of_ranks_drop_apart,

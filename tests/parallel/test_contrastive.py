@@ -9,4 +9,4 @@ from tests.parallel.torchrun import check_case
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES)
 def test_pairs_over_processes_are_one_batch(tmp_path_factory, case):
-    check_case(tmp_path_factory, "tests.parallel.data_parallel_cases", 2, case)
+    check_case(tmp_path_factory, "tests.parallel.contrastive_cases", 2, case)

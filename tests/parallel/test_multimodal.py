@@ -9,4 +9,4 @@ from tests.parallel.torchrun import check_case
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES)
 def test_a_modality_that_a_rank_lacks_has_a_gradient_of_zero(tmp_path_factory, case):
-    check_case(tmp_path_factory, "tests.parallel.data_parallel_cases", 2, case)
+    check_case(tmp_path_factory, "tests.parallel.multimodal_cases", 2, case)

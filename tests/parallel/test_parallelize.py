@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.parallel import mesh_cases
+from tests.parallel import compile_cases, mesh_cases
 from tests.parallel.model_cases import CASES
 from tests.parallel.torchrun import check_case
 
@@ -18,3 +18,9 @@ def test_a_model_over_processes_is_the_model(tmp_path_factory, case, world_size)
 @pytest.mark.parametrize("case", mesh_cases.CASES)
 def test_data_times_sequence_gives_the_gradient_of_all_tokens(tmp_path_factory, case):
     check_case(tmp_path_factory, "tests.parallel.mesh_cases", 4, case)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", compile_cases.CASES)
+def test_a_compiled_model_over_processes_is_the_model(tmp_path_factory, case):
+    check_case(tmp_path_factory, "tests.parallel.compile_cases", 2, case)
