@@ -135,7 +135,7 @@ FAMILIES = {
     "beit3_text": _beit3(has_image=False, has_text=True),
     "beit3_pair": _beit3(has_image=True, has_text=True),
     "audio_waveform": _audio(num_classes=5, head="frames", **small_audio.WAVEFORM),
-    "multimodal": _multimodal("video", "question"),
+    "multimodal": _multimodal("video"),
     "attention_layer": Family(
         make=_attention,
         draw=lambda length: (torch.randn(2, length, EMBED_DIM),),
