@@ -8,7 +8,6 @@ classes' numbers only.
 Shapes: m recordings or frames, k features, c classes.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,33 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .baselines import LogisticRegression
+from .baselines import BaselineConfig, LogisticRegression
 from .classification_metrics import UNLABELLED, ClassificationMetrics
 from .tagging_metrics import TaggingMetrics
 
-__all__ = ["BaselineConfig", "compare_clips", "compare_frames", "frame_features"]
+__all__ = ["compare_clips", "compare_frames", "frame_features"]
 
 Features = Callable[[dict[str, Any]], tuple[Tensor, Tensor]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BaselineConfig:
-    """How the baselines are fitted.
-
-    Attributes:
-        max_samples: Training samples to fit them on at most.
-        l2: Weight of the squared norm of a regression's weights, on standardised features.
-    """
-
-    max_samples: int = 4096
-    l2: float = 1e-2
-
-    def __post_init__(self) -> None:
-        if self.max_samples < 1 or self.l2 <= 0:
-            raise ValueError(
-                "max_samples must be 1 or more and l2 positive, got "
-                f"max_samples={self.max_samples} and l2={self.l2}."
-            )
 
 
 def compare_clips(

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from longnet_zoo.layers import MemorySaving
-from recipes.audio_baselines import BaselineConfig, compare_clips
+from recipes.audio_baselines import compare_clips
 from recipes.audio_data import AudioDataModule
 from recipes.audio_figures import ClipExample, clips_figure
-from recipes.baselines import report
+from recipes.baselines import BaselineConfig, report
 from recipes.classification import UNLABELLED, ClassificationTask
 from recipes.classifiers import changed_options, check_modality, create_classifier
 from recipes.cli import run

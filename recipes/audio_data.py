@@ -11,9 +11,10 @@ from torch import nn
 from .audio_files import Recording, Split, find_audio, load_recordings
 from .audio_loader import AudioSamples, EvalAudio, TrainAudio
 from .audio_samples import AudioAugmentationConfig, Recordings
-from .audio_shards import ShardConfig, ShardDecoder, collate_shards, is_shards, shard_filler
+from .audio_shards import ShardDecoder, collate_shards, shard_filler
 from .audio_soundscapes import SoundscapeConfig, Soundscapes
-from .data_ranks import data_rank
+from .data_options import check_fractions, check_least, check_on_error, loader_options
+from .shard_sources import ShardConfig, is_tar
 from .shards import ShardEvalLoader, ShardLoader
 
 __all__ = ["AudioDataModule"]
@@ -230,7 +231,7 @@ class AudioDataModule(L.LightningDataModule):
 
     @property
     def _is_sharded(self) -> bool:
-        return is_shards(self.source)
+        return is_tar(self.source)
 
     def _decoder(self, *, is_training: bool) -> ShardDecoder:
         if self._needs is not None and not self.class_names:
@@ -289,26 +290,10 @@ class AudioDataModule(L.LightningDataModule):
         return self.max_seconds if is_training or self.eval_seconds is None else self.eval_seconds
 
     def _loader_options(self) -> dict[str, Any]:
-        trainer = self.trainer
-        device = "cpu" if trainer is None else trainer.strategy.root_device.type
-        rank, world_size = data_rank(trainer)
-        return {
-            "on_error": self.on_error,
-            "rank": rank,
-            "world_size": world_size,
-            "num_workers": self.num_workers,
-            "pin_memory": device == "cuda",
-        }
+        return {"on_error": self.on_error, **loader_options(self)}
 
     def _check(self) -> None:
-        for name in ("val_fraction", "test_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        if self.val_fraction + self.test_fraction >= 1:
-            raise ValueError(
-                "val_fraction and test_fraction must leave something for training, got "
-                f"{self.val_fraction} and {self.test_fraction}."
-            )
+        check_fractions(val_fraction=self.val_fraction, test_fraction=self.test_fraction)
         for name in ("max_seconds", "eval_seconds"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -319,16 +304,17 @@ class AudioDataModule(L.LightningDataModule):
                 f"{self.eval_seconds}. Leave it out."
             )
         sources = [x for x in (self.source, self.val_source, self.test_source) if x is not None]
-        if self._is_sharded and not all(map(is_shards, sources)):
+        if self._is_sharded and not all(map(is_tar, sources)):
             raise ValueError(f"with shards all sources must be shards, got {', '.join(sources)}.")
         if self._is_sharded and self.soundscapes is not None:
             raise ValueError(
                 f"soundscapes are mixed of files, got source={self.source!r}. Unpack the shards, "
                 "or leave data.soundscapes out."
             )
-        least = {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "seed": 0}
-        for name, value in ((name, getattr(self, name)) for name in least):
-            if value is not None and value < least[name]:
-                raise ValueError(f"{name} must be {least[name]} or more, got {value}.")
-        if self.on_error not in ("skip", "raise"):
-            raise ValueError(f"on_error must be 'skip' or 'raise', got {self.on_error!r}.")
+        check_least(
+            batch_size=(self.batch_size, 1),
+            eval_batch_size=(self.eval_batch_size, 1),
+            num_workers=(self.num_workers, 0),
+            seed=(self.seed, 0),
+        )
+        check_on_error(self.on_error)

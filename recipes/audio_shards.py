@@ -24,29 +24,9 @@ from .audio_loader import FILLER_SAMPLE, collate
 from .audio_samples import AudioAugmentationConfig, AudioSample, augment, make_sample
 from .loader import Batch
 
-__all__ = ["ShardConfig", "ShardDecoder", "collate_shards", "is_shards", "shard_filler"]
+__all__ = ["ShardDecoder", "collate_shards", "shard_filler"]
 
 _SOUNDS = ("wav", "flac", "ogg", "opus", "mp3")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShardConfig:
-    """How shards are read.
-
-    Attributes:
-        batches_per_epoch: Batches that count as an epoch.
-        shuffle: Samples that each worker holds in memory and mixes; 0 keeps their order.
-        max_eval_samples: Takes so many held-out samples at most; None takes all.
-    """
-
-    batches_per_epoch: int = 1000
-    shuffle: int = 1000
-    max_eval_samples: int | None = None
-
-
-def is_shards(source: str) -> bool:
-    """Returns whether a source names shards."""
-    return source.endswith((".tar", ".tar.gz", ".tgz"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longnet_zoo.layers import MemorySaving
-from recipes.audio_baselines import BaselineConfig, compare_frames
+from recipes.audio_baselines import compare_frames
 from recipes.audio_data import AudioDataModule
 from recipes.audio_events import events_of, frame_tags
 from recipes.audio_figures import TagExample, tags_figure
+from recipes.baselines import BaselineConfig
 from recipes.classification import UNLABELLED, ClassificationTask
 from recipes.classifiers import changed_options, check_modality, create_classifier
 from recipes.cli import run

@@ -3,6 +3,8 @@
 Shapes: m samples, k channels of their embeddings, c classes.
 """
 
+import dataclasses
+
 import lightning as L
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,29 @@ from torch import Tensor, nn
 
 from .run_folder import update_record
 
-__all__ = ["LogisticRegression", "report"]
+__all__ = ["BaselineConfig", "LogisticRegression", "report"]
 
 _COLUMNS = ("accuracy", "balanced_accuracy", "auroc")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaselineConfig:
+    """How the baselines are fitted.
+
+    Attributes:
+        max_samples: Training samples to fit them on at most; of slides evenly spaced.
+        l2: Weight of the squared norm of a regression's weights, on standardised features.
+    """
+
+    max_samples: int = 4096
+    l2: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if self.max_samples < 1 or self.l2 <= 0:
+            raise ValueError(
+                "max_samples must be 1 or more and l2 positive, got "
+                f"max_samples={self.max_samples} and l2={self.l2}."
+            )
 
 
 class LogisticRegression(nn.Module):

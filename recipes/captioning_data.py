@@ -18,9 +18,9 @@ from longnet_zoo.tokenizers import load_tokenizer
 from .icons import COLOURS, STYLE_WORDS
 from .image_text_data import ImageTextDataModule
 from .image_text_loader import LongCaptions
-from .image_text_shards import ShardConfig, is_sharded_source
 from .image_text_sources import ImageFolder, Pairs, Split, TableColumns
 from .loader import FixedLoader, OnError, fair_order
+from .shard_sources import HeldOutShardConfig, is_sharded
 
 __all__ = ["CaptionDataModule", "DrawnPairs"]
 
@@ -63,7 +63,7 @@ class CaptionDataModule(ImageTextDataModule):
         *,
         source: str = "icons",
         columns: TableColumns = TableColumns(),  # noqa: B008 - frozen
-        shards: ShardConfig = ShardConfig(),  # noqa: B008 - frozen
+        shards: HeldOutShardConfig = HeldOutShardConfig(),  # noqa: B008 - frozen
         pages: int = 0,
         predict_source: str | None = None,
         val_fraction: float = 0.05,
@@ -119,7 +119,7 @@ class CaptionDataModule(ImageTextDataModule):
         self._batch_tokenizer = self._make_tokenizer(model)
         # A folder to write about may be all that there is.
         needs_pairs = stage != "predict" or self.predict_source is None
-        if needs_pairs and not self._pairs and not is_sharded_source(self.source):
+        if needs_pairs and not self._pairs and not is_sharded(self.source):
             self._load()
 
     def predict_dataloader(self) -> FixedLoader:

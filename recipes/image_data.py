@@ -11,7 +11,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 
 from .classification_metrics import UNLABELLED
-from .data_ranks import data_rank
+from .data_options import check_fractions, check_least, check_on_error, loader_options
 from .image_files import ImageFiles, Split, find_images, load_images
 from .image_loader import EvalImages, TrainImages, Transform
 
@@ -206,16 +206,7 @@ class ImageDataModule(L.LightningDataModule):
         )
 
     def _loader_options(self) -> dict[str, Any]:
-        trainer = self.trainer
-        device = "cpu" if trainer is None else trainer.strategy.root_device.type
-        rank, world_size = data_rank(trainer)
-        return {
-            "on_error": self.on_error,
-            "rank": rank,
-            "world_size": world_size,
-            "num_workers": self.num_workers,
-            "pin_memory": device == "cuda",
-        }
+        return {"on_error": self.on_error, **loader_options(self)}
 
     def _transform(self, *, is_training: bool) -> Transform:
         assert self._resolved is not None
@@ -236,23 +227,15 @@ class ImageDataModule(L.LightningDataModule):
         )
 
     def _check(self) -> None:
-        for name in ("val_fraction", "test_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        if self.val_fraction + self.test_fraction >= 1:
-            raise ValueError(
-                "val_fraction and test_fraction must leave something for training, got "
-                f"{self.val_fraction} and {self.test_fraction}."
-            )
-        for name, least in (
-            *(("batch_size", 1), ("eval_batch_size", 1)),
-            *(("max_pixels", 1), ("num_workers", 0), ("seed", 0)),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be {least} or more, got {value}.")
-        if self.on_error not in ("skip", "raise"):
-            raise ValueError(f"on_error must be 'skip' or 'raise', got {self.on_error!r}.")
+        check_fractions(val_fraction=self.val_fraction, test_fraction=self.test_fraction)
+        check_least(
+            batch_size=(self.batch_size, 1),
+            eval_batch_size=(self.eval_batch_size, 1),
+            max_pixels=(self.max_pixels, 1),
+            num_workers=(self.num_workers, 0),
+            seed=(self.seed, 0),
+        )
+        check_on_error(self.on_error)
         unknown = sorted(set(self.data_config) - set(_DATA_CONFIG))
         if unknown:
             raise ValueError(

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from longnet_zoo.batch_tokenizer import BatchTokenizer
 from longnet_zoo.tokenizers import load_tokenizer
 
-from .data_ranks import data_rank
+from .data_options import check_fractions, check_least, check_on_error, loader_options
 from .icons import icon_fingerprint, load_icons, split_icons
 from .image_text_loader import EvalPairs, LongCaptions, PairEncoder, TrainPairs
-from .image_text_shards import PairCollate, PairDecoder, ShardConfig, is_sharded_source, open_shards
+from .image_text_shards import PairCollate, PairDecoder
 from .image_text_sources import (
     ImageFolder,
     Pairs,
@@ -25,6 +25,7 @@ from .image_text_sources import (
     load_table,
 )
 from .loader import EndlessLoader, FixedLoader, OnError
+from .shard_sources import HeldOutShardConfig, is_sharded, open_shards
 from .shards import ShardEvalLoader, ShardLoader
 
 __all__ = ["ImageTextDataModule"]
@@ -72,7 +73,7 @@ class ImageTextDataModule(L.LightningDataModule):
         *,
         source: str = "icons",
         columns: TableColumns = TableColumns(),  # noqa: B008 - frozen
-        shards: ShardConfig = ShardConfig(),  # noqa: B008 - frozen
+        shards: HeldOutShardConfig = HeldOutShardConfig(),  # noqa: B008 - frozen
         pages: int = 0,
         queries: list[str] | None = None,
         predict_source: str | None = None,
@@ -134,13 +135,13 @@ class ImageTextDataModule(L.LightningDataModule):
         self._batch_tokenizer = self._make_tokenizer(model)
         # A folder to search may be all that there is.
         needs_pairs = stage != "predict" or self.predict_source is None
-        if needs_pairs and not self._pairs and not is_sharded_source(self.source):
+        if needs_pairs and not self._pairs and not is_sharded(self.source):
             self._load()
 
     def train_dataloader(self) -> EndlessLoader:
         """Returns the loader of training pairs."""
         options = {"batch_size": self.batch_size, "seed": self.seed, **self._loader_options()}
-        if is_sharded_source(self.source):
+        if is_sharded(self.source):
             return ShardLoader(
                 open_shards(self.source),
                 self._decoder(is_training=True),
@@ -185,7 +186,7 @@ class ImageTextDataModule(L.LightningDataModule):
             limit: Most pairs; None for all, of shards `shards.max_eval_samples`.
             is_shared: Whether all processes share the pairs; else this one gets them all.
         """
-        if not is_sharded_source(self.source):
+        if not is_sharded(self.source):
             return self._pair_loader(self._pairs[split], limit=limit, is_shared=is_shared)
         decoder = self._decoder(is_training=False)
         return ShardEvalLoader(
@@ -211,7 +212,7 @@ class ImageTextDataModule(L.LightningDataModule):
         return (images.float().cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
 
     def _is_held_out(self, split: Split) -> bool:
-        if is_sharded_source(self.source):
+        if is_sharded(self.source):
             return getattr(self.shards, split) is not None
         return bool(self._pairs[split].names)
 
@@ -288,39 +289,23 @@ class ImageTextDataModule(L.LightningDataModule):
         )
 
     def _loader_options(self, *, is_shared: bool = True) -> dict[str, Any]:
-        trainer = self.trainer
-        device = "cpu" if trainer is None else trainer.strategy.root_device.type
-        rank, world_size = data_rank(trainer) if is_shared else (0, 1)
-        return {
-            "on_error": self.on_error,
-            "rank": rank,
-            "world_size": world_size,
-            "num_workers": self.num_workers,
-            "pin_memory": device == "cuda",
-        }
+        return {"on_error": self.on_error, **loader_options(self, is_shared=is_shared)}
 
     def _check(self) -> None:
-        for name in ("val_fraction", "test_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        if self.val_fraction + self.test_fraction >= 1:
+        check_fractions(val_fraction=self.val_fraction, test_fraction=self.test_fraction)
+        check_least(
+            batch_size=(self.batch_size, 2),
+            eval_batch_size=(self.eval_batch_size, 1),
+            pages=(self.pages, 0),
+            max_pixels=(self.max_pixels, 1),
+            num_workers=(self.num_workers, 0),
+            seed=(self.seed, 0),
+        )
+        check_on_error(self.on_error)
+        if self.long_captions not in ("truncate", "refuse"):
             raise ValueError(
-                "val_fraction and test_fraction must leave something for training, got "
-                f"{self.val_fraction} and {self.test_fraction}."
+                f"long_captions must be 'truncate' or 'refuse', got {self.long_captions!r}."
             )
-        for name, least in (
-            *(("batch_size", 2), ("eval_batch_size", 1), ("pages", 0)),
-            *(("max_pixels", 1), ("num_workers", 0), ("seed", 0)),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be {least} or more, got {value}.")
-        for name, choices in (
-            ("on_error", ("skip", "raise")),
-            ("long_captions", ("truncate", "refuse")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
         if not self.prompts or not all("{}" in prompt for prompt in self.prompts):
             raise ValueError(f"prompts must hold {{}} for the class, got {list(self.prompts)}.")
         if self.crop_scale is not None:
@@ -330,7 +315,7 @@ class ImageTextDataModule(L.LightningDataModule):
                     "crop_scale must be two numbers, 0 < low <= high <= 1, and null for icons, "
                     f"which vary by themselves, got {(low, high)} and source={self.source!r}."
                 )
-        if not is_sharded_source(self.source) and (self.shards.val or self.shards.test):
+        if not is_sharded(self.source) and (self.shards.val or self.shards.test):
             raise ValueError(
                 "shards.val and shards.test go with a source of shards, got "
                 f"{self.shards.val!r}, {self.shards.test!r} and source={self.source!r}."

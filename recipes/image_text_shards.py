@@ -16,53 +16,10 @@ from .image_files import read_image
 from .image_text_loader import PairEncoder, collate_pairs
 from .image_text_sources import TableColumns
 from .loader import Batch
-from .shard_files import RowSource
-from .shard_hub import HubSource
 
-__all__ = ["PairCollate", "PairDecoder", "ShardConfig", "is_sharded_source", "open_shards"]
+__all__ = ["PairCollate", "PairDecoder"]
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
-_TARS = (".tar", ".tar.gz", ".tgz")
-_HUB = "hub:"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShardConfig:
-    """How shards are read.
-
-    Attributes:
-        val: Shards to validate on, as `data.source`; null for none.
-        test: Shards to test on; null for none.
-        batches_per_epoch: Batches that count as an epoch.
-        shuffle: Samples that each worker holds in memory and mixes; 0 keeps their order.
-        max_eval_samples: Takes so many held-out pairs at most; null takes all.
-    """
-
-    val: str | None = None
-    test: str | None = None
-    batches_per_epoch: int = 1000
-    shuffle: int = 1000
-    max_eval_samples: int | None = None
-
-
-def is_sharded_source(source: str) -> bool:
-    """Returns whether a source names shards; see `open_shards`."""
-    return source.startswith(_HUB) or source.endswith((*_TARS, ".parquet"))
-
-
-def open_shards(source: str) -> str | RowSource:
-    """Returns what the loaders of shards take.
-
-    Args:
-        source: Tar shards, "data/train-{000000..000999}.tar"; `.parquet` files, also with
-            wildcards; or "hub:NAME" or "hub:NAME:SPLIT", a dataset of the Hugging Face Hub.
-    """
-    if source.startswith(_HUB):
-        name, _, split = source.removeprefix(_HUB).partition(":")
-        return HubSource(name, split=split or "train")
-    if source.endswith(".parquet"):
-        return HubSource("parquet", data_files=source)
-    return source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

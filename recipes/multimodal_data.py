@@ -9,13 +9,13 @@ from longnet_zoo.models import AudioModality, FramesModality
 
 from .audio_files import Recording, load_recordings
 from .audio_samples import AudioAugmentationConfig, Recordings
-from .data_ranks import data_rank
+from .data_options import check_fractions, check_least, check_on_error, loader_options
 from .image_files import ImageFiles, load_images
-from .image_text_shards import ShardConfig, is_sharded_source, open_shards
 from .loader import EndlessLoader, FixedLoader
 from .multimodal_loader import EvalScenes, SceneCollator, TrainScenes
 from .multimodal_scenes import SceneConfig, Scenes
 from .multimodal_shards import SceneCollate, SceneDecoder, filler_scene
+from .shard_sources import HeldOutShardConfig, is_sharded, open_shards
 from .shards import ShardEvalLoader, ShardLoader
 
 __all__ = ["MultimodalDataModule"]
@@ -57,7 +57,7 @@ class MultimodalDataModule(L.LightningDataModule):
         images: str = "digits",
         recordings: str = "samples",
         scenes: SceneConfig = SceneConfig(),  # noqa: B008 - frozen
-        shards: ShardConfig = ShardConfig(),  # noqa: B008 - frozen
+        shards: HeldOutShardConfig = HeldOutShardConfig(),  # noqa: B008 - frozen
         class_names: list[str] | None = None,
         val_fraction: float = 0.15,
         test_fraction: float = 0.2,
@@ -98,7 +98,7 @@ class MultimodalDataModule(L.LightningDataModule):
         if model is None:
             model = self.trainer.lightning_module.model
         self._collate = SceneCollator(modalities=model.config.parts)
-        if is_sharded_source(self.source) or self._images:
+        if is_sharded(self.source) or self._images:
             return
         fractions = {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}
         self.class_names, self._images = load_images(self.images, max_pixels=2**26, **fractions)
@@ -113,8 +113,8 @@ class MultimodalDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> EndlessLoader:
         """Returns the loader of training scenes."""
-        options = {"batch_size": self.batch_size, "seed": self.seed, **self._loader_options()}
-        if is_sharded_source(self.source):
+        options = {"batch_size": self.batch_size, "seed": self.seed, **loader_options(self)}
+        if is_sharded(self.source):
             return ShardLoader(
                 open_shards(self.source),
                 self._decoder(),
@@ -150,14 +150,14 @@ class MultimodalDataModule(L.LightningDataModule):
         return self.test_dataloader()
 
     def _is_held_out(self, split: Split) -> bool:
-        if is_sharded_source(self.source):
+        if is_sharded(self.source):
             return getattr(self.shards, split) is not None
         return bool(self._images[split]) and bool(self._recordings[split])
 
     def _eval_loader(self, split: Split) -> FixedLoader:
-        options = self._loader_options()
+        options = loader_options(self)
         options["batch_size"] = self.eval_batch_size or self.batch_size
-        if not is_sharded_source(self.source):
+        if not is_sharded(self.source):
             return EvalScenes(self._scenes(split), self._collator(), **options)
         decoder = self._decoder()
         return ShardEvalLoader(
@@ -212,28 +212,14 @@ class MultimodalDataModule(L.LightningDataModule):
         assert self._collate is not None
         return self._collate
 
-    def _loader_options(self) -> dict[str, Any]:
-        trainer = self.trainer
-        device = "cpu" if trainer is None else trainer.strategy.root_device.type
-        rank, world_size = data_rank(trainer)
-        return {
-            "rank": rank,
-            "world_size": world_size,
-            "num_workers": self.num_workers,
-            "pin_memory": device == "cuda",
-        }
-
     def _check(self) -> None:
-        for name in ("val_fraction", "test_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        for name, least in (
-            *(("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0), ("seed", 0)),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be {least} or more, got {value}.")
+        check_fractions(val_fraction=self.val_fraction, test_fraction=self.test_fraction)
+        check_least(
+            batch_size=(self.batch_size, 1),
+            eval_batch_size=(self.eval_batch_size, 1),
+            num_workers=(self.num_workers, 0),
+            seed=(self.seed, 0),
+        )
         if self.max_seconds <= 0:
             raise ValueError(f"max_seconds must be positive, got {self.max_seconds}.")
-        if self.on_error not in ("skip", "raise"):
-            raise ValueError(f"on_error must be 'skip' or 'raise', got {self.on_error!r}.")
+        check_on_error(self.on_error)

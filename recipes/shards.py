@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset, default_collate
 
+from .data_options import check_least, check_on_error
 from .loader import FILLER, Batch, EndlessLoader, FixedLoader, OnError, batch_iterator
 from .shard_files import RowSource, TarSource
 from .shard_streaming import (
@@ -83,8 +84,9 @@ class ShardLoader(EndlessLoader):
         num_streams: int | None = None,
         pin_memory: bool = False,
     ) -> None:
-        _check_least(batch_size=(batch_size, 1), batches_per_epoch=(batches_per_epoch, 1))
-        _check_least(shuffle=(shuffle, 0), seed=(seed, 0), num_workers=(num_workers, 0))
+        check_least(batch_size=(batch_size, 1), batches_per_epoch=(batches_per_epoch, 1))
+        check_least(shuffle=(shuffle, 0), seed=(seed, 0), num_workers=(num_workers, 0))
+        check_on_error(on_error)
         readers = world_size * max(1, num_workers)
         num_streams = readers if num_streams is None else num_streams
         if num_streams < 1 or num_streams % readers:
@@ -108,7 +110,7 @@ class ShardLoader(EndlessLoader):
         )
         self._dataset = ShardStreams(
             source,
-            decoder=SampleDecoder(decode, on_error=_checked(on_error), seed=seed),
+            decoder=SampleDecoder(decode, on_error=on_error, seed=seed),
             collate=collate,
             batch_size=batch_size,
             seed=seed,
@@ -194,10 +196,11 @@ class ShardEvalLoader(FixedLoader):
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        _check_least(batch_size=(batch_size, 1), num_workers=(num_workers, 0))
-        _check_least(max_samples=(1 if max_samples is None else max_samples, 1))
+        check_least(batch_size=(batch_size, 1), num_workers=(num_workers, 0))
+        check_least(max_samples=(max_samples, 1))
+        check_on_error(on_error)
         source = _source(urls)
-        decoder = SampleDecoder(decode, on_error=_checked(on_error), seed=0)
+        decoder = SampleDecoder(decode, on_error=on_error, seed=0)
         ends = _ends(source, max_samples)
         super().__init__(
             _EvalRows(source, ends, decoder=decoder, filler=filler, collate=collate),
@@ -311,15 +314,3 @@ def _fingerprint(shards: Sequence[str]) -> str:
     # Without the folder, so that a copy is the same data.
     names = "\n".join(name.rsplit("/", 1)[-1] for name in shards)
     return f"{len(shards)} with names {hashlib.sha256(names.encode()).hexdigest()[:8]}"
-
-
-def _check_least(**limits: tuple[int, int]) -> None:
-    for name, (value, least) in limits.items():
-        if value < least:
-            raise ValueError(f"{name} must be {least} or more, got {value}.")
-
-
-def _checked(on_error: OnError) -> OnError:
-    if on_error not in ("skip", "raise"):
-        raise ValueError(f"on_error must be 'skip' or 'raise', got {on_error!r}.")
-    return on_error

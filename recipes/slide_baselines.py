@@ -8,7 +8,6 @@ its encoder's training.
 Shapes: m slides, k channels of their embeddings, c classes.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,32 +16,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from .baselines import LogisticRegression
+from .baselines import BaselineConfig, LogisticRegression
 from .classification_metrics import UNLABELLED, ClassificationMetrics
 
-__all__ = ["BaselineConfig", "compare", "mean_of_tiles"]
+__all__ = ["compare", "mean_of_tiles"]
 
 Embed = Callable[..., Tensor]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BaselineConfig:
-    """How the baselines are fitted.
-
-    Attributes:
-        max_slides: Training slides to embed for them at most, evenly spaced.
-        l2: Weight of the squared norm of the regression's weights, on standardised embeddings.
-    """
-
-    max_slides: int = 4096
-    l2: float = 1e-3
-
-    def __post_init__(self) -> None:
-        if self.max_slides < 1 or self.l2 <= 0:
-            raise ValueError(
-                "max_slides must be 1 or more and l2 positive, got "
-                f"max_slides={self.max_slides} and l2={self.l2}."
-            )
 
 
 def mean_of_tiles(tiles: Tensor, coords: Tensor, padding_mask: Tensor) -> Tensor:

@@ -20,12 +20,12 @@ from torch import Tensor
 
 import longnet_zoo as lz
 from longnet_zoo.layers import MemorySaving
-from recipes.baselines import report
+from recipes.baselines import BaselineConfig, report
 from recipes.classification import ClassificationTask
 from recipes.classifiers import changed_options, check_modality
 from recipes.cli import run
 from recipes.optimization import OptimizationConfig
-from recipes.slide_baselines import BaselineConfig, Embed, compare, mean_of_tiles
+from recipes.slide_baselines import Embed, compare, mean_of_tiles
 from recipes.slide_data import SlideDataModule
 from recipes.slide_network import SlideNetwork
 from recipes.trainer_batches import held_out
@@ -69,7 +69,7 @@ class SlideClassifier(ClassificationTask):
         pretrained: bool | str = False,
         freeze_encoder: bool = False,
         layers: list[int] | None = None,
-        baselines: BaselineConfig | None = BaselineConfig(),  # noqa: B008 - frozen
+        baselines: BaselineConfig | None = BaselineConfig(l2=1e-3),  # noqa: B008 - frozen
         class_weights: Literal["balanced"] | list[float] | None = None,
         label_smoothing: float = 0.0,
         optimization: OptimizationConfig = OptimizationConfig(),  # noqa: B008 - frozen
@@ -150,7 +150,7 @@ class SlideClassifier(ClassificationTask):
         if self.baselines is None or split not in self.figures:
             return
         trainer, data = self.trainer, self.trainer.datamodule
-        max_slides = data.batch_size if trainer.fast_dev_run else self.baselines.max_slides
+        max_slides = data.batch_size if trainer.fast_dev_run else self.baselines.max_samples
         results = compare(
             trainer,
             self._embedders(),

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from longnet_zoo.models.slide_config import GigaPathSlideConfig
 
-from .data_ranks import data_rank
+from .data_options import check_fractions, check_least, check_on_error, loader_options
 from .slide_demo import DEMO_CLASSES, DemoSlides, Split
 from .slide_folder import load_folder, load_unlabelled
 from .slide_loader import EvalLoader, SlideSet, TrainLoader
@@ -155,34 +155,21 @@ class SlideDataModule(L.LightningDataModule):
         return None if self.trainer is None else self.trainer.lightning_module.model.config
 
     def _loader_options(self) -> dict[str, Any]:
-        trainer = self.trainer
-        device = "cpu" if trainer is None else trainer.strategy.root_device.type
-        rank, world_size = data_rank(trainer)
         return {
             "batch_size": self.batch_size,
             "on_error": self.on_error,
-            "rank": rank,
-            "world_size": world_size,
-            "num_workers": self.num_workers,
-            "pin_memory": device == "cuda",
+            **loader_options(self),
         }
 
     def _check(self) -> None:
-        for name, least in {"batch_size": 1, "max_tiles": 1, "seed": 0, "num_workers": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be {least} or more, got {value}.")
-        low, total = (
-            min(self.val_fraction, self.test_fraction),
-            (self.val_fraction + self.test_fraction),
+        check_least(
+            batch_size=(self.batch_size, 1),
+            max_tiles=(self.max_tiles, 1),
+            seed=(self.seed, 0),
+            num_workers=(self.num_workers, 0),
         )
-        if low < 0 or total >= 1:
-            raise ValueError(
-                "val_fraction and test_fraction must be 0 or more and leave something for "
-                f"training, got {self.val_fraction} and {self.test_fraction}."
-            )
-        if self.on_error not in ("skip", "raise"):
-            raise ValueError(f"on_error must be 'skip' or 'raise', got {self.on_error!r}.")
+        check_fractions(val_fraction=self.val_fraction, test_fraction=self.test_fraction)
+        check_on_error(self.on_error)
         if (self.source == "demo") != (self.labels is None):
             raise ValueError(
                 "labels go with a folder of slides, and with nothing else, got source="

@@ -24,6 +24,7 @@ import torch
 
 from longnet_zoo.tokenizers import load_tokenizer
 
+from .data_options import check_fractions, check_least
 from .data_ranks import data_rank
 from .text_corpus import Corpus, CorpusSummary, Split
 from .text_loader import EvalLoader, TrainLoader
@@ -225,16 +226,13 @@ class TextDataModule(L.LightningDataModule):
         return self._eval_loader("test")
 
     def _check(self) -> None:
-        for name, low in {"seq_len": 1, "batch_size": 1, "seed": 0, "num_workers": 0}.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be {low} or more, got {getattr(self, name)}.")
-        if min(self.val_fraction, self.test_fraction) < 0 or (
-            self.val_fraction + self.test_fraction >= 1
-        ):
-            raise ValueError(
-                "val_fraction and test_fraction must be 0 or more and leave something to train "
-                f"on, got {self.val_fraction} and {self.test_fraction}."
-            )
+        check_least(
+            seq_len=(self.seq_len, 1),
+            batch_size=(self.batch_size, 1),
+            seed=(self.seed, 0),
+            num_workers=(self.num_workers, 0),
+        )
+        check_fractions(val_fraction=self.val_fraction, test_fraction=self.test_fraction)
         if self.mask_probability is not None and self.objective != "masked":
             raise ValueError(
                 f"mask_probability is for objective='masked', got {self.mask_probability} and "

@@ -31,6 +31,7 @@ from torch.utils.data import Dataset
 from longnet_zoo.parallel import Layout, positions_of
 from longnet_zoo.tokenizers import load_tokenizer
 from recipes.cli import run
+from recipes.data_options import check_least
 from recipes.data_ranks import data_rank
 from recipes.loader import FILLER, EpochOrder, FixedLoader, SeededLoader, fair_order
 from recipes.text_lm import TextLM
@@ -75,14 +76,8 @@ class TokenFileDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, low in (
-            ("seq_len", seq_len, 1),
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < low:
-                raise ValueError(f"{name} must be {low} or more, got {value}.")
+        check_least(seq_len=(seq_len, 1), batch_size=(batch_size, 1))
+        check_least(seed=(seed, 0), num_workers=(num_workers, 0))
         self.seq_len, self.batch_size = seq_len, batch_size
         self.seed, self.num_workers = seed, num_workers
         self.tokenizer = load_tokenizer(tokenizer)

@@ -9,8 +9,9 @@ import torch
 
 from recipes.audio_data import AudioDataModule
 from recipes.audio_samples import AudioAugmentationConfig
-from recipes.audio_shards import ShardConfig, ShardDecoder, is_shards, shard_filler
+from recipes.audio_shards import ShardDecoder, shard_filler
 from recipes.classification_metrics import UNLABELLED
+from recipes.shard_sources import ShardConfig, is_tar
 from recipes.shard_writer import ShardWriter
 from recipes.shards import ShardLoader
 from tests.recipes.audio_runs import CLASSES, PITCHES, RATE, encoded, tiny_model, tone
@@ -201,5 +202,5 @@ def test_filler_counts_for_nothing():
 
 
 def test_shards_are_known_by_their_name():
-    assert all(map(is_shards, ("a-{000..009}.tar", "b.tar.gz", "c.tgz")))
-    assert not any(map(is_shards, ("samples", "tar", "a.csv")))
+    assert all(map(is_tar, ("a-{000..009}.tar", "b.tar.gz", "c.tgz")))
+    assert not any(map(is_tar, ("samples", "tar", "a.csv")))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from recipes.captioning_data import CaptionDataModule, DrawnPairs
 from recipes.icons import COLOURS, Icon
-from recipes.image_text_shards import ShardConfig
+from recipes.shard_sources import HeldOutShardConfig
 from tests.recipes.captioning_runs import make_data, make_task, pairs, write_shard, write_table
 
 
@@ -87,7 +87,7 @@ def test_held_out_icons_have_colours(monkeypatch):
 def test_shards_hold_the_same_pairs(tmp_path, caplog):
     for name in ("train", "val", "test"):
         write_shard(tmp_path / f"{name}.tar", damaged=(1,) if name != "val" else ())
-    shards = ShardConfig(
+    shards = HeldOutShardConfig(
         val=str(tmp_path / "val.tar"),
         test=str(tmp_path / "test.tar"),
         batches_per_epoch=6,

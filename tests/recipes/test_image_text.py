@@ -14,8 +14,8 @@ from recipes.image_text import ImageTextMatcher, main
 from recipes.image_text_data import ImageTextDataModule
 from recipes.image_text_report import ImageTextReport, score_table
 from recipes.image_text_scores import Gallery
-from recipes.image_text_shards import ShardConfig
 from recipes.image_text_sources import TableColumns
+from recipes.shard_sources import HeldOutShardConfig
 from tests.recipes.classification_runs import quiet_trainer
 from tests.recipes.image_text_runs import tiny_model, tiny_options, write_table
 from tests.recipes.text_runs import curve, last_checkpoint_every
@@ -345,14 +345,17 @@ def test_table_has_a_row_for_each_method():
         ({"pages": -1}, "pages must be 0 or more, got -1"),
         ({"val_fraction": 1.0}, r"val_fraction must be in \[0, 1\), got 1.0"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "got 0.5 and 0.5"),
-        ({"on_error": "stop"}, "on_error must be one of .*, got 'stop'"),
-        ({"long_captions": "cut"}, "long_captions must be one of .*, got 'cut'"),
+        ({"on_error": "stop"}, "on_error must be .skip. or .raise., got .stop."),
+        ({"long_captions": "cut"}, "long_captions must be .truncate. or .refuse., got .cut."),
         ({"prompts": ["a photo"]}, r"prompts must hold {} for the class, got \['a photo'\]"),
         ({"prompts": []}, r"prompts must hold {} for the class, got \[\]"),
         ({"crop_scale": (0.5, 1.0)}, r"null for icons.*got \(0.5, 1.0\) and source='icons'"),
         ({"crop_scale": (0.5, 1.5), "source": "x"}, r"got \(0.5, 1.5\) and source='x'"),
         ({"pages": 2, "source": "x"}, "pages are made of icons, got pages=2 and 'x'"),
-        ({"shards": ShardConfig(val="v.tar")}, "source of shards, got 'v.tar', None and source="),
+        (
+            {"shards": HeldOutShardConfig(val="v.tar")},
+            "source of shards, got 'v.tar', None and source=",
+        ),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

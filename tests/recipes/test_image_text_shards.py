@@ -9,13 +9,11 @@ import torch
 from recipes.image_text_data import ImageTextDataModule
 from recipes.image_text_shards import (
     PairDecoder,
-    ShardConfig,
-    is_sharded_source,
-    open_shards,
 )
 from recipes.image_text_sources import TableColumns
 from recipes.shard_files import Sample
 from recipes.shard_hub import HubSource
+from recipes.shard_sources import HeldOutShardConfig, is_sharded, open_shards
 from tests.recipes.image_text_runs import COLOURS, encoder, picture, tiny_model
 
 NUMBER = 12
@@ -52,7 +50,7 @@ def data_module(folder, *, source="{a,b}.tar", **options):
     defaults = {
         "batch_size": 3,
         "val_fraction": 0.0,
-        "shards": ShardConfig(batches_per_epoch=4, shuffle=0),
+        "shards": HeldOutShardConfig(batches_per_epoch=4, shuffle=0),
     }
     data = ImageTextDataModule(source=f"{folder}/{source}", **(defaults | options))
     data.setup("fit", model=tiny_model())
@@ -69,7 +67,7 @@ def decoder(**options):
     [("a.tar", True), ("a.tar.gz", True), ("x.parquet", True), ("hub:x", True), ("x.csv", False)],
 )
 def test_shards_are_known_by_their_names(name, expected):
-    assert is_sharded_source(name) == expected
+    assert is_sharded(name) == expected
 
 
 def test_captions_come_from_text_or_json_or_a_column():
@@ -136,7 +134,9 @@ def test_damage_in_a_shard_is_skipped_by_name_or_stops(folder, caplog):
 
 
 def test_held_out_shards_are_read_once(folder):
-    config = ShardConfig(val=f"{folder}/val.tar", test=f"{folder}/val.tar", max_eval_samples=4)
+    config = HeldOutShardConfig(
+        val=f"{folder}/val.tar", test=f"{folder}/val.tar", max_eval_samples=4
+    )
     data = data_module(folder, shards=config, eval_batch_size=2)
     assert data.has_test
     names = [name for batch in data.val_dataloader() for name in batch["names"]]

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import recipes.slide_baselines as slide_baselines
+from recipes.baselines import BaselineConfig
 from recipes.classification import UNLABELLED
-from recipes.slide_baselines import BaselineConfig, compare, mean_of_tiles
+from recipes.slide_baselines import compare, mean_of_tiles
 from recipes.slide_loader import Slide, collate
 from tests.recipes.classification_runs import quiet_trainer
 
@@ -33,7 +34,7 @@ def test_baselines_are_fitted_on_one_set_and_judged_on_another(tmp_path):
         train=[collate(slides[:10]), collate(slides[10:])],
         held_out=[collate(held_out)],
         num_classes=2,
-        config=BaselineConfig(),
+        config=BaselineConfig(l2=1e-3),
     )
     assert results["mean"]["accuracy"] == 0
     assert results["nothing"]["accuracy"] == 0.5
@@ -64,9 +65,9 @@ def test_slides_without_a_label_do_not_count(tmp_path):
     assert labels.tolist() == [0, 1, 0, 1]
 
 
-@pytest.mark.parametrize("options", [{"max_slides": 0}, {"l2": 0.0}])
+@pytest.mark.parametrize("options", [{"max_samples": 0}, {"l2": 0.0}])
 def test_bad_options_are_refused(options):
-    got = {"max_slides": 4096, "l2": 0.001, **options}
-    message = rf"max_slides={got['max_slides']} and l2={got['l2']}\."
+    got = {"max_samples": 4096, "l2": 0.01, **options}
+    message = rf"max_samples={got['max_samples']} and l2={got['l2']}\."
     with pytest.raises(ValueError, match=message):
         BaselineConfig(**options)

@@ -168,7 +168,7 @@ def test_baselines_can_be_left_out(files, tmp_path, capsys):
 
 def test_the_random_encoder_is_another_one_and_always_the_same():
     torch.manual_seed(1)
-    task = make_task(baselines={"max_slides": 3})
+    task = make_task(baselines={"max_samples": 3})
     first, second = (task._embedders()["random encoder"] for _ in range(2))
     inputs = torch.randn(1, 7, 5), torch.arange(14).reshape(1, 7, 2) * 256.0, None
     assert torch.equal(first(*inputs), second(*inputs))

@@ -124,7 +124,7 @@ def test_without_held_out_slides_validation_is_empty_and_the_test_refused(option
         ({"num_workers": -1}, "num_workers must be 0 or more, got -1"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, r"for training, got 0\.5 and 0\.5"),
-        ({"val_fraction": -0.1}, r"got -0\.1 and 0\.15"),
+        ({"val_fraction": -0.1}, r"val_fraction must be in \[0, 1\), got -0\.1"),
         ({"on_error": "ignore"}, "on_error must be 'skip' or 'raise', got 'ignore'"),
         ({"source": "slides"}, "got source='slides' and labels=None"),
         ({"labels": "a.csv"}, r"got source='demo' and labels='a\.csv'"),

@@ -267,7 +267,7 @@ MASKED = {"objective": "masked"}
         ({"batch_size": -2}, r"batch_size must be 1 or more, got -2\."),
         ({"seed": -1}, r"seed must be 0 or more, got -1\."),
         ({"num_workers": -1}, r"num_workers must be 0 or more, got -1\."),
-        ({"val_fraction": -0.1}, r"must be 0 or more and .*, got -0.1 and 0.05\."),
+        ({"val_fraction": -0.1}, r"val_fraction must be in \[0, 1\), got -0.1\."),
         ({"val_fraction": 0.6, "test_fraction": 0.4}, r"leave something .*, got 0.6 and 0.4\."),
         ({"mask_probability": 0.3}, r"is for objective='masked', got 0.3 and objective='causal'"),
         ({**MASKED, "mask_probability": 0.0}, r"mask_probability must lie in \(0, 1\], got 0.0"),
