@@ -241,7 +241,9 @@ def _facts(pattern: DilatedPattern, seq_len: int, num_heads: int, *, is_causal: 
     pairs = pattern.attended_pairs(seq_len, num_heads, is_causal=is_causal)
     dense = num_heads * (seq_len * (seq_len + 1) // 2 if is_causal else seq_len**2)
     kind = "causal" if is_causal else "bidirectional"
-    return f"{kind}, {seq_len:,} tokens, {100 * pairs / dense:.2g} % of the work of dense attention"
+    percent = 100 * pairs / dense
+    share = f"{percent:.2g}" if percent < 10 else f"{percent:.0f}"
+    return f"{kind}, {seq_len:,} tokens, {share} % of the work of dense attention"
 
 
 def _make_figure(layout: _Layout) -> tuple[Figure, list[Axes]]:

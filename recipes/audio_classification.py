@@ -26,7 +26,7 @@ from recipes.baselines import BaselineConfig, report
 from recipes.classification import UNLABELLED, ClassificationTask
 from recipes.classifiers import changed_options, check_modality, create_classifier
 from recipes.cli import run
-from recipes.figures import log_figure
+from recipes.figures import log_examples
 from recipes.optimization import OptimizationConfig
 from recipes.trainer_batches import held_out
 
@@ -167,7 +167,7 @@ class AudioClassifier(ClassificationTask):
         examples = self._examples(split)
         if examples:
             title = f"Held-out recordings: {self.figures[split]['accuracy']:.1%} of all are right"
-            log_figure(trainer, f"{split}_examples", clips_figure(examples, title=title))
+            log_examples(trainer, split, clips_figure(examples, title=title))
 
     @torch.no_grad()
     def _examples(self, split: Literal["val", "test"]) -> list[ClipExample]:

@@ -27,7 +27,7 @@ from recipes.baselines import BaselineConfig
 from recipes.classification import UNLABELLED, ClassificationTask
 from recipes.classifiers import changed_options, check_modality, create_classifier
 from recipes.cli import run
-from recipes.figures import log_figure, pattern_figure
+from recipes.figures import log_examples, log_figure, pattern_figure
 from recipes.optimization import OptimizationConfig
 from recipes.run_folder import update_record
 from recipes.tagging_metrics import TaggingMetrics, tag_scores
@@ -210,7 +210,7 @@ class AudioTagger(ClassificationTask):
         if self.trainer.fast_dev_run:
             return
         if example is not None:
-            log_figure(self.trainer, f"{split}_examples", tags_figure(example))
+            log_examples(self.trainer, split, tags_figure(example))
         metrics = {f"{split}_{name}": value for name, value in self.figures[split].items()}
         update_record(
             self.trainer.default_root_dir,

@@ -14,7 +14,7 @@ from longnet_zoo.plot import DOTS_PER_INCH, plot_pattern
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["confusion_figure", "curves_figure", "log_figure", "pattern_figure"]
+__all__ = ["confusion_figure", "curves_figure", "log_examples", "log_figure", "pattern_figure"]
 
 _INK, _QUIET, _GRID, _LINE = "#1f2933", "#7b8794", "#e4e7eb", "#ffffff"
 _BLUE, _PALE_BLUE, _ORANGE = "#2563a8", "#b9cfe6", "#d9730d"
@@ -221,3 +221,17 @@ def log_figure(trainer: L.Trainer, name: str, figure: "Figure") -> None:
             logger.experiment.add_figure(name, figure, global_step=trainer.global_step)
         elif hasattr(logger, "log_image"):
             logger.log_image(key=name, images=[str(path)])
+
+
+def log_examples(trainer: L.Trainer, split: str, figure: "Figure") -> None:
+    """Puts a picture of held-out samples into the run folder, and says where it is.
+
+    Args:
+        trainer: The trainer; see `log_figure`.
+        split: "val" or "test".
+        figure: The picture.
+    """
+    name = f"{split}_examples"
+    log_figure(trainer, name, figure)
+    if trainer.is_global_zero and not trainer.fast_dev_run:
+        print(f"Examples     {Path(trainer.default_root_dir) / name}.png")

@@ -24,7 +24,7 @@ from recipes.classification import UNLABELLED, ClassificationTask
 from recipes.classification_metrics import ClassificationMetrics
 from recipes.classifiers import changed_options, check_modality, create_classifier
 from recipes.cli import run
-from recipes.figures import log_figure
+from recipes.figures import log_examples
 from recipes.multimodal_data import MultimodalDataModule
 from recipes.multimodal_figures import SceneExample, scenes_figure
 from recipes.multimodal_loader import pixels
@@ -136,7 +136,7 @@ class MultimodalClassifier(ClassificationTask):
         examples = self._examples(split)
         if examples:
             title = f"Held-out scenes: {self.figures[split]['accuracy']:.1%} of all are right"
-            log_figure(self.trainer, f"{split}_examples", scenes_figure(examples, title=title))
+            log_examples(self.trainer, split, scenes_figure(examples, title=title))
         self.train(was_training)
 
     @torch.no_grad()

@@ -73,6 +73,7 @@ def test_fit_test_and_predict(tmp_path, capsys):
     whole = record["comparison"]["test"]["video + audio + text"]["accuracy"]
     assert whole == pytest.approx(record["metrics"]["test_accuracy"])
     assert (run_dir / "test_examples.png").stat().st_size > 20000
+    assert f"Examples     {run_dir / 'test_examples.png'}\n" in out
     assert set(curve(run_dir, "val_skipped").values()) == {0.0}
     main(["test", *arguments(run_dir)])
     assert "video + audio + text" in capsys.readouterr().out
