@@ -104,7 +104,7 @@ def test_reset_classifier_replaces_the_head_and_keeps_the_features(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_model_equals_eager_in_one_graph(name):
-    model = make(name)
+    model = make(name, num_layers=1)
     tokens, labels = draw()
     # The whole graph without the code generator: what can break it is in the tracing.
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

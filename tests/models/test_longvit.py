@@ -157,20 +157,6 @@ def test_embedded_pixels_train_the_whole_model():
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("height", [28, 36], ids=["same-size", "other-size"])
-def test_compiled_model_equals_eager_in_one_graph(height):
-    model, images = make(num_layers=1), draw(height=height)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
-    expected = gradients(model, images)
-    torch.testing.assert_close(
-        gradients(compiled, images),
-        {f"_orig_mod.{key}": x for key, x in expected.items()},
-        atol=1e-5,
-        rtol=1e-4,
-    )
-
-
 def test_exported_model_equals_eager():
     model, images = make().eval(), draw()
     program = torch.export.export(model, (images,))

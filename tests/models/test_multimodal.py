@@ -145,6 +145,16 @@ def test_times_align_modalities(model):
     torch.testing.assert_close(sound[:3], 10.0 * torch.tensor([0.02, 0.06, 0.10]).double())
 
 
+def test_recordings_may_start_at_whole_seconds_since_1970(model):
+    inputs = {name: x for name, x in draw().items() if name in ("video", "sound")}
+    starts = {"video": torch.arange(3), "sound": torch.zeros(1, dtype=torch.int64)}
+    late = {name: times + 1_700_000_000 for name, times in starts.items()}
+    expected = model(inputs, times=starts)
+    torch.testing.assert_close(model(inputs, times=late), expected, **CLOSE)
+    shifted = model(inputs, times={**late, "sound": late["sound"] + 1})
+    assert not torch.allclose(shifted, expected, atol=1e-5)
+
+
 def test_modalities_are_dropped_in_training_only(monkeypatch):
     names = ("video", "question", "tiles", "photo")
     model = make(names, modality_dropout=0.5, num_layers=1)
