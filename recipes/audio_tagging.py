@@ -175,7 +175,7 @@ class AudioTagger(ClassificationTask):
         """Reports on the test."""
         self._report("test")
 
-    def _log_held_out(self, split: Literal["val", "test"]) -> None:
+    def log_held_out(self, split: Literal["val", "test"]) -> None:
         """Logs the figures; a confusion matrix has no meaning where classes sound together."""
         figures, scores = self.metrics.compute()
         if self.trainer.sanity_checking or not figures:

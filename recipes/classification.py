@@ -179,11 +179,31 @@ class ClassificationTask(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs `val_loss`, `val_accuracy`, `val_balanced_accuracy`, `val_auroc` and pictures."""
-        self._log_held_out("val")
+        self.log_held_out("val")
 
     def on_test_epoch_end(self) -> None:
         """Logs `test_loss`, `test_accuracy` and so on, and pictures."""
-        self._log_held_out("test")
+        self.log_held_out("test")
+
+    def log_held_out(self, split: Split) -> None:
+        """Logs the figures and pictures of an evaluation that has ended."""
+        figures, counts = self.metrics.compute()
+        if self.trainer.sanity_checking or not figures:
+            return
+        self.figures[split], self.confusions[split] = figures, counts
+        for name, value in figures.items():
+            self.log(f"{split}_{name}", value, sync_dist=True)
+        if not self.trainer.is_global_zero:
+            return
+        # A fit ends with a report, if it has one.
+        if self.trainer.state.fn != "fit" and not self.trainer.fast_dev_run:
+            self._record(split)
+        title = {"val": "Validation", "test": "Test"}[split]
+        figure = confusion_figure(counts, self.shown_class_names, title=title)
+        log_figure(self.trainer, f"{split}_confusion", figure)
+        if not self._has_logged_pattern:
+            self._has_logged_pattern = True
+            log_figure(self.trainer, "pattern", pattern_figure(self.model.config))
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[tuple[str, str, float]]:
         """Prints name, likeliest class and its probability of each sample, and returns them."""
@@ -263,25 +283,6 @@ class ClassificationTask(L.LightningModule):
                 f"warmup_epochs={self.warmup_epochs} and "
                 f"warmup_steps={self.optimization.warmup_steps}."
             )
-
-    def _log_held_out(self, split: Split) -> None:
-        figures, counts = self.metrics.compute()
-        if self.trainer.sanity_checking or not figures:
-            return
-        self.figures[split], self.confusions[split] = figures, counts
-        for name, value in figures.items():
-            self.log(f"{split}_{name}", value, sync_dist=True)
-        if not self.trainer.is_global_zero:
-            return
-        # A fit ends with a report, if it has one.
-        if self.trainer.state.fn != "fit" and not self.trainer.fast_dev_run:
-            self._record(split)
-        title = {"val": "Validation", "test": "Test"}[split]
-        figure = confusion_figure(counts, self.shown_class_names, title=title)
-        log_figure(self.trainer, f"{split}_confusion", figure)
-        if not self._has_logged_pattern:
-            self._has_logged_pattern = True
-            log_figure(self.trainer, "pattern", pattern_figure(self.model.config))
 
     def _record(self, split: Split) -> None:
         """Writes what a split came to into the run folder."""

@@ -39,7 +39,7 @@ class ClassificationReport(RunClock):
             return
         split = evaluate_test(trainer, pl_module)
         if split not in pl_module.confusions:
-            print("No report: nothing is held out for validation or test.")
+            print("No report: nothing is held out for the test, and there was no validation.")
         elif trainer.is_global_zero:
             self._write(trainer, pl_module, split)
 

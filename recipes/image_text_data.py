@@ -306,6 +306,8 @@ class ImageTextDataModule(L.LightningDataModule):
             raise ValueError(
                 f"long_captions must be 'truncate' or 'refuse', got {self.long_captions!r}."
             )
+        if self.queries is not None and not all(query.strip() for query in self.queries):
+            raise ValueError(f"queries must not be blank, got {self.queries}.")
         if not self.prompts or not all("{}" in prompt for prompt in self.prompts):
             raise ValueError(f"prompts must hold {{}} for the class, got {list(self.prompts)}.")
         if self.crop_scale is not None:

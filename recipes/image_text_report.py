@@ -54,7 +54,7 @@ class ImageTextReport(RunClock):
             _evaluate_test(trainer, pl_module)
         split: Literal["val", "test"] = "test" if "test" in pl_module.galleries else "val"
         if split not in pl_module.galleries:
-            print("No report: nothing is held out for validation or test.")
+            print("No report: nothing is held out for the test, and there was no validation.")
             return
         gallery = pl_module.galleries[split]
         was_training = pl_module.training

@@ -343,6 +343,7 @@ def test_table_has_a_row_for_each_method():
         ({"batch_size": 1}, "batch_size must be 2 or more, got 1"),
         ({"eval_batch_size": 0}, "eval_batch_size must be 1 or more, got 0"),
         ({"pages": -1}, "pages must be 0 or more, got -1"),
+        ({"queries": ["a bell", " "]}, r"queries must not be blank, got \['a bell', ' '\]"),
         ({"val_fraction": 1.0}, r"val_fraction must be in \[0, 1\), got 1.0"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "got 0.5 and 0.5"),
         ({"on_error": "stop"}, "on_error must be .skip. or .raise., got .stop."),
