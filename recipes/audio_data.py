@@ -9,11 +9,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from .audio_files import Recording, Split, find_audio, load_recordings
-from .audio_loader import AudioSamples, EvalAudio, TrainAudio
+from .audio_loader import AudioSamples, audio_source
 from .audio_samples import AudioAugmentationConfig, Recordings
 from .audio_shards import ShardDecoder, collate_shards, shard_filler
 from .audio_soundscapes import SoundscapeConfig, Soundscapes
 from .data_options import check_fractions, check_least, check_on_error, loader_options
+from .sample_loader import EvalLoader, TrainLoader
 from .shard_sources import ShardConfig, is_tar
 from .shards import ShardEvalLoader, ShardLoader
 
@@ -166,7 +167,7 @@ class AudioDataModule(L.LightningDataModule):
                     "or labels with data.soundscapes."
                 )
 
-    def train_dataloader(self) -> TrainAudio | ShardLoader:
+    def train_dataloader(self) -> TrainLoader | ShardLoader:
         """Returns the loader of augmented recordings, or of ever new soundscapes."""
         if self._is_sharded:
             return ShardLoader(
@@ -179,20 +180,20 @@ class AudioDataModule(L.LightningDataModule):
                 seed=self.seed,
                 **self._loader_options(),
             )
-        return TrainAudio(
-            self._samples("train", is_training=True),
+        return TrainLoader(
+            audio_source(self._samples("train", is_training=True)),
             batch_size=self.batch_size,
             seed=self.seed,
             repeat=0 if self.trainer is None else self.trainer.overfit_batches,
             **self._loader_options(),
         )
 
-    def val_dataloader(self) -> EvalAudio | ShardEvalLoader | list[Any]:
+    def val_dataloader(self) -> EvalLoader | ShardEvalLoader | list[Any]:
         """Returns the loader of validation recordings; nothing if none are held out."""
         has_val = self.val_source if self._is_sharded else self._recordings["val"]
         return self._eval_loader("val") if has_val else []
 
-    def test_dataloader(self) -> EvalAudio | ShardEvalLoader:
+    def test_dataloader(self) -> EvalLoader | ShardEvalLoader:
         """Returns the loader of test recordings."""
         if not self.has_test:
             raise ValueError(
@@ -202,7 +203,7 @@ class AudioDataModule(L.LightningDataModule):
             )
         return self._eval_loader("test")
 
-    def plain_train_dataloader(self, max_samples: int) -> EvalAudio | ShardEvalLoader:
+    def plain_train_dataloader(self, max_samples: int) -> EvalLoader | ShardEvalLoader:
         """Returns the loader of training samples as an evaluation would see them.
 
         Args:
@@ -212,7 +213,7 @@ class AudioDataModule(L.LightningDataModule):
             return self._shard_loader(self.source, max_samples)
         return self._eval_loader("train")
 
-    def predict_dataloader(self) -> EvalAudio | ShardEvalLoader:
+    def predict_dataloader(self) -> EvalLoader | ShardEvalLoader:
         """Returns the loader of the recordings of `predict_source`, in their order."""
         if self.predict_source is None:
             return self.test_dataloader()
@@ -222,10 +223,10 @@ class AudioDataModule(L.LightningDataModule):
             sample_rate=self._sample_rate,
             max_seconds=self._longest(is_training=False),
         )
-        return EvalAudio(
-            samples,
+        return EvalLoader(
+            audio_source(samples),
             batch_size=self.eval_batch_size or self.batch_size,
-            is_mixed=False,
+            places=range(len(samples)),
             **self._loader_options(),
         )
 
@@ -259,12 +260,12 @@ class AudioDataModule(L.LightningDataModule):
             **self._loader_options(),
         )
 
-    def _eval_loader(self, split: Split) -> EvalAudio | ShardEvalLoader:
+    def _eval_loader(self, split: Split) -> EvalLoader | ShardEvalLoader:
         if self._is_sharded:
             source = getattr(self, f"{split}_source")
             return self._shard_loader(source, self.shards.max_eval_samples)
-        return EvalAudio(
-            self._samples(split, is_training=False),
+        return EvalLoader(
+            audio_source(self._samples(split, is_training=False)),
             batch_size=self.eval_batch_size or self.batch_size,
             **self._loader_options(),
         )

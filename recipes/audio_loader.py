@@ -16,16 +16,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from .audio_samples import AudioSample
-from .loader import (
-    Batch,
-    FixedLoader,
-    OnError,
-    SeededLoader,
-    fair_order,
-)
-from .sample_batches import EvalBatches, TrainBatches
+from .loader import Batch
+from .sample_loader import SampleSource
 
-__all__ = ["FILLER_SAMPLE", "AudioSamples", "EvalAudio", "TrainAudio", "collate"]
+__all__ = ["FILLER_SAMPLE", "AudioSamples", "audio_source", "collate"]
 
 # Stands for a sample that is missing; without a name, so that nobody prints it.
 FILLER_SAMPLE = AudioSample(waveform=torch.zeros(4096), name="")
@@ -41,105 +35,15 @@ class AudioSamples(Protocol):
         ...
 
 
-class TrainAudio(SeededLoader):
-    """Yields epoch after epoch, each in an order that depends on seed and epoch.
-
-    Args:
-        source: The samples.
-        batch_size: Samples in a batch, for each rank.
-        seed: Seed of the order and of what is drawn for a sample.
-        on_error: "skip" takes the next sample for one that cannot be read; "raise" stops at it.
-        rank: Number of this process.
-        world_size: Number of processes that share an epoch.
-        repeat: Batches, or share of an epoch, to repeat over and over
-            (`Trainer.overfit_batches`); 0 for what all others want.
-        num_workers: Worker processes; 0 reads in this one.
-        pin_memory: Whether batches go to page-locked memory.
-
-    Raises:
-        ValueError: There are fewer samples than one step takes.
-    """
-
-    def __init__(
-        self,
-        source: AudioSamples,
-        *,
-        batch_size: int,
-        seed: int = 0,
-        on_error: OnError = "raise",
-        rank: int = 0,
-        world_size: int = 1,
-        repeat: int | float = 0,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
-        super().__init__(
-            TrainBatches(
-                functools.partial(_draw, source),
-                collate=collate,
-                num_samples=len(source),
-                unit="recordings",
-                seed=seed,
-                on_error=on_error,
-            ),
-            num_samples=len(source),
-            unit="recordings",
-            order={"num_recordings": len(source)},
-            batch_size=batch_size,
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-            repeat=repeat,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-        )
-
-
-class EvalAudio(FixedLoader):
-    """Yields every sample once as it is, in an order that is mixed but always the same.
-
-    So a limit on the number of batches takes a fair sample. Every rank gets as many batches, and
-    where samples are missing, one that counts for nothing.
-
-    Args:
-        source: The samples.
-        batch_size: Samples in a batch, for each rank.
-        is_mixed: Whether the order is mixed.
-        on_error: "skip" counts a sample that cannot be read for nothing; "raise" stops at it.
-        rank: Number of this process.
-        world_size: Number of processes that share the samples.
-        num_workers: Worker processes; 0 reads in this one.
-        pin_memory: Whether batches go to page-locked memory.
-    """
-
-    def __init__(
-        self,
-        source: AudioSamples,
-        *,
-        batch_size: int,
-        is_mixed: bool = True,
-        on_error: OnError = "raise",
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
-        super().__init__(
-            EvalBatches(
-                source.read,
-                collate=collate,
-                filler=_filler,
-                num_samples=len(source),
-                unit="recordings",
-                on_error=on_error,
-            ),
-            fair_order(len(source)) if is_mixed else range(len(source)),
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-        )
+def audio_source(samples: AudioSamples) -> SampleSource[AudioSample]:
+    """Returns samples as loaders take them."""
+    return SampleSource(
+        read=functools.partial(_read, samples),
+        collate=collate,
+        filler=_filler,
+        num_samples=len(samples),
+        unit="recordings",
+    )
 
 
 def collate(samples: Sequence[AudioSample], *, num_skipped: int = 0) -> Batch:
@@ -160,8 +64,8 @@ def collate(samples: Sequence[AudioSample], *, num_skipped: int = 0) -> Batch:
     }
 
 
-def _draw(source: AudioSamples, place: int, seed: tuple[int, ...]) -> AudioSample:
-    return source.read(place, np.random.default_rng(seed))
+def _read(samples: AudioSamples, place: int, seed: tuple[int, ...] | None) -> AudioSample:
+    return samples.read(place, None if seed is None else np.random.default_rng(seed))
 
 
 def _filler() -> AudioSample:

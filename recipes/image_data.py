@@ -13,7 +13,8 @@ from torch import nn
 from .classification_metrics import UNLABELLED
 from .data_options import check_fractions, check_least, check_on_error, loader_options
 from .image_files import ImageFiles, Split, find_images, load_images
-from .image_loader import EvalImages, TrainImages, Transform
+from .image_loader import Transform, image_source
+from .sample_loader import EvalLoader, TrainLoader
 
 __all__ = ["AugmentationConfig", "ImageDataModule"]
 
@@ -162,22 +163,21 @@ class ImageDataModule(L.LightningDataModule):
             sizes = ", ".join(f"{split} {len(own.names):,}" for split, own in self._images.items())
             rank_zero_info(f"images from {self.source!r}: {sizes}")
 
-    def train_dataloader(self) -> TrainImages:
+    def train_dataloader(self) -> TrainLoader:
         """Returns the loader of augmented images."""
-        return TrainImages(
-            self._images["train"],
-            transform=self._transform(is_training=True),
+        return TrainLoader(
+            image_source(self._images["train"], self._transform(is_training=True)),
             batch_size=self.batch_size,
             seed=self.seed,
             repeat=0 if self.trainer is None else self.trainer.overfit_batches,
             **self._loader_options(),
         )
 
-    def val_dataloader(self) -> EvalImages | list[Any]:
+    def val_dataloader(self) -> EvalLoader | list[Any]:
         """Returns the loader of validation images; nothing if none are held out."""
         return self._eval_loader(self._images["val"]) if self._images["val"] else []
 
-    def test_dataloader(self) -> EvalImages:
+    def test_dataloader(self) -> EvalLoader:
         """Returns the loader of test images."""
         if not self.has_test:
             raise ValueError(
@@ -186,7 +186,7 @@ class ImageDataModule(L.LightningDataModule):
             )
         return self._eval_loader(self._images["test"])
 
-    def predict_dataloader(self) -> EvalImages:
+    def predict_dataloader(self) -> EvalLoader:
         """Returns the loader of the images of `predict_source`, in their order."""
         if self.predict_source is None:
             return self.test_dataloader()
@@ -194,12 +194,11 @@ class ImageDataModule(L.LightningDataModule):
         images = ImageFiles(
             names=names, labels=(UNLABELLED,) * len(names), max_pixels=self.max_pixels
         )
-        return self._eval_loader(images, is_mixed=False)
+        return self._eval_loader(images, places=range(len(images)))
 
-    def _eval_loader(self, images: ImageFiles, **options: Any) -> EvalImages:
-        return EvalImages(
-            images,
-            transform=self._transform(is_training=False),
+    def _eval_loader(self, images: ImageFiles, **options: Any) -> EvalLoader:
+        return EvalLoader(
+            image_source(images, self._transform(is_training=False)),
             batch_size=self.eval_batch_size or self.batch_size,
             **options,
             **self._loader_options(),

@@ -14,7 +14,7 @@ from longnet_zoo.tokenizers import load_tokenizer
 
 from .data_options import check_fractions, check_least, check_on_error, loader_options
 from .icons import icon_fingerprint, load_icons, split_icons
-from .image_text_loader import EvalPairs, LongCaptions, PairEncoder, TrainPairs
+from .image_text_loader import LongCaptions, PairEncoder, pair_source
 from .image_text_shards import PairCollate, PairDecoder
 from .image_text_sources import (
     ImageFolder,
@@ -24,7 +24,8 @@ from .image_text_sources import (
     load_icon_pairs,
     load_table,
 )
-from .loader import EndlessLoader, FixedLoader, OnError
+from .loader import EndlessLoader, FixedLoader, OnError, fair_order
+from .sample_loader import EvalLoader, TrainLoader
 from .shard_sources import HeldOutShardConfig, is_sharded, open_shards
 from .shards import ShardEvalLoader, ShardLoader
 
@@ -152,7 +153,8 @@ class ImageTextDataModule(L.LightningDataModule):
             )
         repeat = 0 if self.trainer is None else self.trainer.overfit_batches
         encoder = self._encoder(is_training=True)
-        return TrainPairs(self._pairs["train"], encoder=encoder, repeat=repeat, **options)
+        source = pair_source(self._pairs["train"], encoder)
+        return TrainLoader(source, repeat=repeat, **options)
 
     def val_dataloader(self) -> FixedLoader | list[Any]:
         """Returns the loader of validation pairs; nothing if none are held out."""
@@ -260,12 +262,13 @@ class ImageTextDataModule(L.LightningDataModule):
             )
         return made
 
-    def _pair_loader(self, pairs: Pairs, *, is_shared: bool, limit: int | None = None) -> EvalPairs:
-        return EvalPairs(
-            pairs,
-            encoder=self._encoder(is_training=False),
+    def _pair_loader(
+        self, pairs: Pairs, *, is_shared: bool, limit: int | None = None
+    ) -> EvalLoader:
+        return EvalLoader(
+            pair_source(pairs, self._encoder(is_training=False)),
             batch_size=self.eval_batch_size or self.batch_size,
-            limit=limit,
+            places=fair_order(len(pairs.names))[:limit],
             **self._loader_options(is_shared=is_shared),
         )
 

@@ -25,17 +25,11 @@ from longnet_zoo.batch_tokenizer import BatchTokenizer
 from .classification_metrics import UNLABELLED
 from .image_files import no_pixel_limit
 from .image_text_sources import Pairs
-from .loader import (
-    Batch,
-    FixedLoader,
-    OnError,
-    SeededLoader,
-    fair_order,
-)
-from .sample_batches import EvalBatches, TrainBatches
+from .loader import Batch
+from .sample_loader import SampleSource
 from .seeding import seeded
 
-__all__ = ["NO_PAIR", "EvalPairs", "LongCaptions", "PairEncoder", "TrainPairs", "collate_pairs"]
+__all__ = ["NO_PAIR", "LongCaptions", "PairEncoder", "collate_pairs", "pair_source"]
 
 LongCaptions = Literal["truncate", "refuse"]
 Sample = dict[str, Any]
@@ -118,121 +112,31 @@ class PairEncoder:
         return tokens, is_truncated
 
 
-class TrainPairs(SeededLoader):
-    """Yields epoch after epoch, each in an order that depends on seed and epoch.
-
-    Args:
-        pairs: The pairs.
-        encoder: Makes tensors of them, at random.
-        batch_size: Pairs in a batch, for each rank.
-        seed: Seed of the order and of how a pair looks.
-        on_error: "skip" takes the next pair for one that cannot be read; "raise" stops at it.
-        rank: Number of this process.
-        world_size: Number of processes that share an epoch.
-        repeat: Batches, or share of an epoch, to repeat over and over
-            (`Trainer.overfit_batches`); 0 for what all others want.
-        num_workers: Worker processes; 0 reads in this one.
-        pin_memory: Whether batches go to page-locked memory.
-
-    Raises:
-        ValueError: There are fewer pairs than one step takes.
-    """
-
-    def __init__(
-        self,
-        pairs: Pairs,
-        *,
-        encoder: PairEncoder,
-        batch_size: int,
-        seed: int = 0,
-        on_error: OnError = "raise",
-        rank: int = 0,
-        world_size: int = 1,
-        repeat: int | float = 0,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
-        super().__init__(
-            TrainBatches(
-                functools.partial(_read, pairs, encoder),
-                collate=functools.partial(collate_pairs, pad_id=encoder.tokenizer.pad_id),
-                num_samples=len(pairs.names),
-                unit="pairs",
-                seed=seed,
-                on_error=on_error,
-            ),
-            num_samples=len(pairs.names),
-            unit="pairs",
-            order={"num_pairs": len(pairs.names)},
-            batch_size=batch_size,
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-            repeat=repeat,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-        )
-
-
-class EvalPairs(FixedLoader):
-    """Yields every pair once as it always looks, in an order that is mixed but always the same.
-
-    So a limit on the number of batches takes a fair sample. Every rank gets as many batches, and
-    where pairs are missing, one that counts for nothing.
+def pair_source(pairs: Pairs, encoder: PairEncoder) -> SampleSource[Sample]:
+    """Returns pairs as loaders take them.
 
     Args:
         pairs: The pairs.
         encoder: Makes tensors of them.
-        batch_size: Pairs in a batch, for each rank; the last batch may hold fewer.
-        limit: Most pairs to take, from the front of the order; None takes all.
-        on_error: "skip" leaves a pair that cannot be read out of account; "raise" stops at it.
-        rank: Number of this process.
-        world_size: Number of processes that share the pairs.
-        num_workers: Worker processes; 0 reads in this one.
-        pin_memory: Whether batches go to page-locked memory.
     """
-
-    def __init__(
-        self,
-        pairs: Pairs,
-        *,
-        encoder: PairEncoder,
-        batch_size: int,
-        limit: int | None = None,
-        on_error: OnError = "raise",
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
-        super().__init__(
-            EvalBatches(
-                functools.partial(_read, pairs, encoder),
-                collate=functools.partial(collate_pairs, pad_id=encoder.tokenizer.pad_id),
-                filler=encoder.filler,
-                num_samples=len(pairs.names),
-                unit="pairs",
-                on_error=on_error,
-            ),
-            fair_order(len(pairs.names))[:limit],
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-        )
+    return SampleSource(
+        read=functools.partial(_read, pairs, encoder),
+        collate=functools.partial(collate_pairs, pad_id=encoder.tokenizer.pad_id),
+        filler=encoder.filler,
+        num_samples=len(pairs.names),
+        unit="pairs",
+    )
 
 
-def _read(pairs: Pairs, encoder: PairEncoder, place: int, seed: tuple[int, ...] = ()) -> Sample:
-    """Reads a pair as these numbers draw it; without them, as it always looks."""
-    draws = np.random.default_rng(seed) if seed else None
+def _read(pairs: Pairs, encoder: PairEncoder, place: int, seed: tuple[int, ...] | None) -> Sample:
+    draws = None if seed is None else np.random.default_rng(seed)
     image, caption = pairs.read(place, generator=draws)
     return encoder(
         image,
         caption,
         name=pairs.names[place],
         label=pairs.labels[place],
-        seed=seed or (place,),
+        seed=(place,) if seed is None else seed,
     )
 
 

@@ -1,6 +1,7 @@
 """Slides for classification: the demonstration that comes with the recipe, or a folder of files."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -9,9 +10,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from longnet_zoo.models.slide_config import GigaPathSlideConfig
 
 from .data_options import check_fractions, check_least, check_on_error, loader_options
+from .sample_loader import EvalLoader, TrainLoader
 from .slide_demo import DEMO_CLASSES, DemoSlides, Split
 from .slide_folder import load_folder, load_unlabelled
-from .slide_loader import EvalLoader, SlideSet, TrainLoader
+from .slide_loader import SlideSet, slide_source
 
 __all__ = ["SlideDataModule"]
 
@@ -107,8 +109,7 @@ class SlideDataModule(L.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """Returns the training batches."""
         return TrainLoader(
-            self._slides["train"],
-            max_tiles=self.max_tiles,
+            slide_source(self._slides["train"], max_tiles=self.max_tiles),
             seed=self.seed,
             repeat=0 if self.trainer is None else self.trainer.overfit_batches,
             **self._loader_options(),
@@ -145,10 +146,11 @@ class SlideDataModule(L.LightningDataModule):
         slides = self._slides["train"]
         number = len(slides.labels)
         kept = min(max_slides, number)
-        return self._eval_loader(slides, indices=[i * number // kept for i in range(kept)])
+        return self._eval_loader(slides, places=[i * number // kept for i in range(kept)])
 
-    def _eval_loader(self, slides: SlideSet, **options: Any) -> EvalLoader:
-        return EvalLoader(slides, **options, **self._loader_options())
+    def _eval_loader(self, slides: SlideSet, places: Sequence[int] | None = None) -> EvalLoader:
+        places = range(len(slides.labels)) if places is None else places
+        return EvalLoader(slide_source(slides), places=places, **self._loader_options())
 
     def _encoder(self) -> GigaPathSlideConfig | None:
         """Returns the config of the encoder that reads the slides, where there is a trainer."""

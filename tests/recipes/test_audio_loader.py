@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from recipes.audio_files import Recording
-from recipes.audio_loader import EvalAudio, TrainAudio, collate
+from recipes.audio_loader import audio_source, collate
 from recipes.audio_samples import AudioAugmentationConfig, AudioSample, Recordings
 from recipes.audio_soundscapes import SoundscapeConfig, Soundscapes
 from recipes.classification_metrics import UNLABELLED
+from recipes.sample_loader import EvalLoader, TrainLoader
 from tests.recipes.audio_runs import CLASSES, RATE, same_batches, write_damaged, write_tones
 
 
@@ -46,8 +47,16 @@ def first(loader, number):
     return found
 
 
+def train(recordings, **options):
+    return TrainLoader(audio_source(recordings), **options)
+
+
+def evaluate(recordings, **options):
+    return EvalLoader(audio_source(recordings), **options)
+
+
 def test_batches_are_padded_and_say_how_long_they_are(recordings):
-    batch = next(iter(EvalAudio(recordings, batch_size=4, is_mixed=False)))
+    batch = next(iter(evaluate(recordings, batch_size=4, places=range(len(recordings)))))
     assert batch["lengths"].tolist() == [800, 840, 880, 800]
     assert batch["waveform"].shape == (4, 880)
     assert batch["labels"].tolist() == [0, 0, 0, 1]
@@ -71,7 +80,7 @@ def test_batch_keeps_events_and_transcripts():
 
 
 def test_an_epoch_has_each_recording_once_changed_in_another_way(recordings):
-    loader = TrainAudio(recordings, batch_size=3, seed=1)
+    loader = train(recordings, batch_size=3, seed=1)
     epochs = [first(loader, 3) for _ in range(2)]
     names = [[name for batch in epoch for name in batch["names"]] for epoch in epochs]
     assert sorted(names[0]) == sorted(names[1]) == sorted(r.path for r in recordings.recordings)
@@ -81,7 +90,7 @@ def test_an_epoch_has_each_recording_once_changed_in_another_way(recordings):
         for own, epoch in zip(names, epochs, strict=True)
     ]
     assert not any(torch.equal(by_name[0][name], by_name[1][name]) for name in by_name[0])
-    other = first(TrainAudio(recordings, batch_size=3, seed=2), 1)[0]
+    other = first(train(recordings, batch_size=3, seed=2), 1)[0]
     assert not same_batches(other, epochs[0][0])
 
 
@@ -92,7 +101,7 @@ def test_workers_and_resumption_change_nothing(recordings, is_mixed):
         if is_mixed:
             config = SoundscapeConfig(seconds=0.5, events_per_second=4.0)
             source = Soundscapes(recordings, config=config, number=7, on_error="raise")
-        return TrainAudio(source, batch_size=2, seed=5, **options)
+        return train(source, batch_size=2, seed=5, **options)
 
     expected = first(made(), 7)
     found = first(made(num_workers=2), 7)
@@ -106,10 +115,10 @@ def test_workers_and_resumption_change_nothing(recordings, is_mixed):
 
 
 def test_ranks_share_an_epoch(recordings):
-    loaders = [TrainAudio(recordings, batch_size=2, rank=i, world_size=2) for i in range(2)]
+    loaders = [train(recordings, batch_size=2, rank=i, world_size=2) for i in range(2)]
     names = [name for x in loaders for batch in first(x, 2) for name in batch["names"]]
     assert len(set(names)) == 8
-    loaders = [EvalAudio(recordings, batch_size=3, rank=i, world_size=2) for i in range(2)]
+    loaders = [evaluate(recordings, batch_size=3, rank=i, world_size=2) for i in range(2)]
     batches = [batch for x in loaders for batch in x]
     assert [len(x) for x in loaders] == [2, 2]
     assert sorted(name for batch in batches for name in batch["names"])[0] == ""
@@ -120,14 +129,14 @@ def test_ranks_share_an_epoch(recordings):
 def test_damaged_files_are_skipped_by_name_and_counted(recordings, tmp_path, caplog):
     whole, reasons = with_damaged(recordings, tmp_path / "bad")
     with caplog.at_level(logging.WARNING):
-        batches = list(EvalAudio(whole, batch_size=4, on_error="skip"))
+        batches = list(evaluate(whole, batch_size=4, on_error="skip"))
     assert sum(int(batch["num_skipped"]) for batch in batches) == len(reasons) == 6
     assert sum(int((batch["labels"] != UNLABELLED).sum()) for batch in batches) == 9
     lines = caplog.text.splitlines()
     for name, reason in reasons.items():
         assert any(name in line and reason in line for line in lines), name
 
-    batches = first(TrainAudio(whole, batch_size=5, on_error="skip"), 3)
+    batches = first(train(whole, batch_size=5, on_error="skip"), 3)
     assert sum(int(batch["num_skipped"]) for batch in batches) >= 6
     assert all((batch["labels"] != UNLABELLED).all() for batch in batches)
     # Another recording took the place of each.
@@ -139,7 +148,7 @@ def test_damaged_files_stop_the_run_if_asked(tmp_path, name):
     reason = write_damaged(tmp_path).get(name, "No such file")
     bad = Recording(path=str(tmp_path / name), key=name, label="low")
     whole = Recordings(recordings=[bad], class_names=CLASSES, sample_rate=RATE)
-    for loader in (EvalAudio(whole, batch_size=1), TrainAudio(whole, batch_size=1)):
+    for loader in (evaluate(whole, batch_size=1), train(whole, batch_size=1)):
         with pytest.raises(ValueError, match=f"{reason}|{name}.*{reason}") as error:
             next(iter(loader))
         assert name in str(error.value)
@@ -148,11 +157,11 @@ def test_damaged_files_stop_the_run_if_asked(tmp_path, name):
 
 def test_too_few_recordings_are_refused(recordings):
     with pytest.raises(ValueError, match="takes 10 recordings, got 9 for training"):
-        TrainAudio(recordings, batch_size=10)
+        train(recordings, batch_size=10)
 
 
 def test_samples_may_be_repeated(recordings):
-    loader = TrainAudio(recordings, batch_size=3, repeat=1)
+    loader = train(recordings, batch_size=3, repeat=1)
     a, b = first(loader, 2)
     assert same_batches(a, b)
     assert np.isfinite(a["waveform"].numpy()).all()

@@ -6,9 +6,10 @@ import soundfile
 import torch
 
 from recipes.audio_files import Recording
-from recipes.audio_loader import TrainAudio
+from recipes.audio_loader import audio_source
 from recipes.audio_samples import AudioAugmentationConfig, Recordings
 from recipes.audio_soundscapes import SoundscapeConfig, Soundscapes
+from recipes.sample_loader import TrainLoader
 from tests.recipes.audio_runs import CLASSES, RATE, tone, write_damaged, write_tones
 
 LOUD = {"gain_db": 0.0, "noise_db": -80.0}
@@ -125,7 +126,7 @@ def test_damaged_sounds_are_replaced_counted_and_named_or_stop(clips, tmp_path, 
     with pytest.raises(ValueError, match="none of the 1 training recordings can be read"):
         made(none, on_error="skip").read(0)
     # The reader of soundscapes adds nothing to what the reader of sounds says.
-    data = TrainAudio(made(mixed, seconds=20.0), batch_size=2, on_error="raise")
+    data = TrainLoader(audio_source(made(mixed, seconds=20.0)), batch_size=2, on_error="raise")
     with pytest.raises(ValueError, match=r"without such recordings\.\)$"):
         next(iter(data))
 

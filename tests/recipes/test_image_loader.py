@@ -10,7 +10,8 @@ from timm.data import create_transform
 
 from recipes.classification_metrics import UNLABELLED
 from recipes.image_files import ImageFiles, load_images
-from recipes.image_loader import EvalImages, TrainImages
+from recipes.image_loader import image_source
+from recipes.sample_loader import EvalLoader, TrainLoader
 from tests.recipes.classification_runs import write_images
 
 NUMBER = 11
@@ -41,8 +42,8 @@ def plain_transform():
 
 
 def train_loader(images, **options):
-    defaults = {"transform": random_transform(), "batch_size": 3, "seed": 5}
-    return TrainImages(images, **(defaults | options))
+    defaults = {"batch_size": 3, "seed": 5}
+    return TrainLoader(image_source(images, random_transform()), **(defaults | options))
 
 
 def first(loader, number):
@@ -126,18 +127,22 @@ def test_an_epoch_without_a_step_is_refused(images):
 
 
 def test_evaluation_has_each_image_once_and_a_fair_order(images):
-    loader = EvalImages(images, transform=plain_transform(), batch_size=4)
+    loader = EvalLoader(image_source(images, plain_transform()), batch_size=4)
     assert len(loader) == 3
     epochs = [[name for batch in loader for name in batch["names"]] for _ in range(2)]
     assert epochs[0] == epochs[1] != list(images.names)
     assert sorted(epochs[0]) == sorted(images.names)
-    ordered = EvalImages(images, transform=plain_transform(), batch_size=4, is_mixed=False)
+    ordered = EvalLoader(
+        image_source(images, plain_transform()), batch_size=4, places=range(len(images))
+    )
     assert [name for batch in ordered for name in batch["names"]] == list(images.names)
 
 
 def test_ranks_get_as_many_batches_and_fillers_do_not_count(images):
     ranks = [
-        list(EvalImages(images, transform=plain_transform(), batch_size=2, rank=r, world_size=3))
+        list(
+            EvalLoader(image_source(images, plain_transform()), batch_size=2, rank=r, world_size=3)
+        )
         for r in range(3)
     ]
     assert [len(rank) for rank in ranks] == [2, 2, 2]
@@ -163,7 +168,7 @@ def damaged(tmp_path):
 
 
 def test_damaged_image_is_replaced_in_training_and_logged(damaged, caplog):
-    loader = TrainImages(damaged, transform=plain_transform(), batch_size=9, on_error="skip")
+    loader = TrainLoader(image_source(damaged, plain_transform()), batch_size=9, on_error="skip")
     (batch,) = loader
     assert int(batch["num_skipped"]) == 1
     names = [name.split("/", 1)[1] for name in batch["names"]]
@@ -184,8 +189,8 @@ def test_every_kind_of_unreadable_image_is_skipped_by_name(tmp_path, caplog):
     Image.new("L", (40, 40)).save(folder / "red" / "large.png")
     options = {"val_fraction": 0.0, "test_fraction": 0.0, "max_pixels": 20 * 23}
     images = load_images(str(folder), **options)[1]["train"]
-    train = TrainImages(images, transform=plain_transform(), batch_size=8, on_error="skip")
-    evaluation = EvalImages(images, transform=plain_transform(), batch_size=8, on_error="skip")
+    train = TrainLoader(image_source(images, plain_transform()), batch_size=8, on_error="skip")
+    evaluation = EvalLoader(image_source(images, plain_transform()), batch_size=8, on_error="skip")
     for loader in (train, evaluation):
         caplog.clear()
         (batch,) = loader
@@ -193,13 +198,13 @@ def test_every_kind_of_unreadable_image_is_skipped_by_name(tmp_path, caplog):
         for name in ("deep.png", "large.png"):
             assert f"red/{name}" in caplog.text
             assert not any(found.endswith(name) for found in batch["names"])
-    stop = EvalImages(images, transform=plain_transform(), batch_size=8)
+    stop = EvalLoader(image_source(images, plain_transform()), batch_size=8)
     with pytest.raises(ValueError, match=r"red/(deep|large)\.png.* --data.on_error skip, which"):
         next(iter(stop))
 
 
 def test_damaged_image_does_not_count_in_evaluation(damaged):
-    loader = EvalImages(damaged, transform=plain_transform(), batch_size=5, on_error="skip")
+    loader = EvalLoader(image_source(damaged, plain_transform()), batch_size=5, on_error="skip")
     batches = list(loader)
     assert sum(int(batch["num_skipped"]) for batch in batches) == 1
     labels = torch.cat([batch["labels"] for batch in batches])
@@ -210,16 +215,16 @@ def test_damaged_image_does_not_count_in_evaluation(damaged):
 def test_batch_of_damaged_images_alone_has_the_right_shape(damaged):
     place = next(i for i, name in enumerate(damaged.names) if name.endswith("green/01.png"))
     only = damaged.take([place])
-    (batch,) = EvalImages(only, transform=plain_transform(), batch_size=1, on_error="skip")
+    (batch,) = EvalLoader(image_source(only, plain_transform()), batch_size=1, on_error="skip")
     assert batch["images"].shape == (1, 3, 8, 8)
-    loader = TrainImages(only, transform=plain_transform(), batch_size=1, on_error="skip")
+    loader = TrainLoader(image_source(only, plain_transform()), batch_size=1, on_error="skip")
     with pytest.raises(ValueError, match="none of the 1 training images can be read"):
         next(iter(loader))
 
 
-@pytest.mark.parametrize("kind", [TrainImages, EvalImages])
+@pytest.mark.parametrize("kind", [TrainLoader, EvalLoader])
 def test_damaged_image_stops_a_run_that_says_so(damaged, kind):
-    loader = kind(damaged, transform=plain_transform(), batch_size=9, on_error="raise")
+    loader = kind(image_source(damaged, plain_transform()), batch_size=9, on_error="raise")
     with pytest.raises(ValueError, match=r"cannot read .*green/01.png.*--data.on_error skip"):
         next(iter(loader))
 

@@ -8,8 +8,10 @@ from PIL import Image
 from timm.data import create_transform
 
 from recipes.classification_metrics import UNLABELLED
-from recipes.image_text_loader import NO_PAIR, EvalPairs, TrainPairs, collate_pairs
+from recipes.image_text_loader import NO_PAIR, collate_pairs, pair_source
 from recipes.image_text_sources import TableColumns, load_table
+from recipes.loader import fair_order
+from recipes.sample_loader import EvalLoader, TrainLoader
 from tests.recipes.image_text_runs import COLOURS, encoder, picture, write_table
 
 NUMBER = 11
@@ -32,8 +34,8 @@ def random_encoder():
 
 
 def train_loader(pairs=None, **options):
-    defaults = {"encoder": random_encoder(), "batch_size": 3, "seed": 5}
-    return TrainPairs(pairs or Pictures(), **(defaults | options))
+    defaults = {"batch_size": 3, "seed": 5}
+    return TrainLoader(pair_source(pairs or Pictures(), random_encoder()), **(defaults | options))
 
 
 def first(loader, number):
@@ -87,7 +89,7 @@ def test_what_is_drawn_depends_on_seed_and_epoch():
         for b in first(loader, 2)
         for name, image in zip(b["names"], b["images"], strict=True)
     }
-    (fixed,) = EvalPairs(Pictures(), encoder=encoder(), batch_size=NUMBER)
+    (fixed,) = EvalLoader(pair_source(Pictures(), encoder()), batch_size=NUMBER)
     differs = [
         not torch.equal(plain[name], image)
         for name, image in zip(fixed["names"], fixed["images"], strict=True)
@@ -107,7 +109,7 @@ def test_ranks_share_an_epoch_and_batches_can_be_repeated():
 
 
 def test_evaluation_has_each_pair_once_as_it_always_looks():
-    loader = EvalPairs(Pictures(), encoder=encoder(), batch_size=4)
+    loader = EvalLoader(pair_source(Pictures(), encoder()), batch_size=4)
     runs = [list(loader) for _ in range(2)]
     assert all(same(a, b) for a, b in zip(*runs, strict=True))
     names = [name for batch in runs[0] for name in batch["names"]]
@@ -115,13 +117,15 @@ def test_evaluation_has_each_pair_once_as_it_always_looks():
     assert names != list(Pictures.names)
     captions = [caption for batch in runs[0] for caption in batch["captions"]]
     assert names == [f"picture {caption}" for caption in captions]
-    few = list(EvalPairs(Pictures(), encoder=encoder(), batch_size=4, limit=5))
+    few = list(
+        EvalLoader(pair_source(Pictures(), encoder()), batch_size=4, places=fair_order(NUMBER)[:5])
+    )
     assert [name for batch in few for name in batch["names"]] == names[:5]
 
 
 def test_ranks_get_as_many_batches_and_fillers_are_no_pairs():
     ranks = [
-        list(EvalPairs(Pictures(), encoder=encoder(), batch_size=2, rank=rank, world_size=3))
+        list(EvalLoader(pair_source(Pictures(), encoder()), batch_size=2, rank=rank, world_size=3))
         for rank in range(3)
     ]
     assert [len(rank) for rank in ranks] == [2, 2, 2]
@@ -200,7 +204,7 @@ MESSAGES = {
 def test_damaged_pair_is_skipped_by_name_and_counted(tmp_path, caplog, kind):
     pairs = damaged(tmp_path, kind)
     make = encoder(long_captions="refuse")
-    (batch,) = TrainPairs(pairs, encoder=make, batch_size=6, on_error="skip")
+    (batch,) = TrainLoader(pair_source(pairs, make), batch_size=6, on_error="skip")
     assert int(batch["num_skipped"]) == 1
     assert len(batch["names"]) == 6
     assert not any(name.endswith("01.png") for name in batch["names"])
@@ -208,7 +212,7 @@ def test_damaged_pair_is_skipped_by_name_and_counted(tmp_path, caplog, kind):
     assert sum(name.endswith("02.png") for name in batch["names"]) == 2
     in_training = caplog.text
     caplog.clear()
-    (batch,) = EvalPairs(pairs, encoder=make, batch_size=6, on_error="skip")
+    (batch,) = EvalLoader(pair_source(pairs, make), batch_size=6, on_error="skip")
     assert int(batch["num_skipped"]) == 1
     assert batch["names"].count("") == 1
     assert batch["image_ids"].tolist().count(NO_PAIR) == 1
@@ -222,8 +226,8 @@ def test_damaged_pair_stops_a_run_that_says_so(tmp_path, kind):
     pairs = damaged(tmp_path, kind)
     make = encoder(long_captions="refuse")
     for loader in (
-        TrainPairs(pairs, encoder=make, batch_size=6),
-        EvalPairs(pairs, encoder=make, batch_size=6),
+        TrainLoader(pair_source(pairs, make), batch_size=6),
+        EvalLoader(pair_source(pairs, make), batch_size=6),
     ):
         with pytest.raises(ValueError, match=f"{MESSAGES[kind]}.*--data.on_error skip"):
             next(iter(loader))

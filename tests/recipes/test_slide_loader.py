@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from recipes.classification_metrics import UNLABELLED
-from recipes.slide_loader import EvalLoader, Slide, TrainLoader, collate
+from recipes.sample_loader import EvalLoader, TrainLoader
+from recipes.slide_loader import Slide, collate, slide_source
 from tests.recipes.slide_runs import DIM, draw_slide
 
 
@@ -28,6 +29,14 @@ def names(batches):
     return [batch["names"] for batch in batches]
 
 
+def train(slides, max_tiles=None, **options):
+    return TrainLoader(slide_source(slides, max_tiles=max_tiles), **options)
+
+
+def evaluate(slides, **options):
+    return EvalLoader(slide_source(slides), **{"places": range(len(slides.labels)), **options})
+
+
 def test_a_batch_is_padded_on_the_right():
     slides = [Slides()[i] for i in (2, 0)]
     batch = collate(slides)
@@ -41,20 +50,20 @@ def test_a_batch_is_padded_on_the_right():
 
 
 def test_every_epoch_shows_each_slide_once_in_another_order():
-    loader = TrainLoader(Slides(), batch_size=1)
+    loader = train(Slides(), batch_size=1)
     epochs = [names(take(loader, 11)) for _ in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted([str(i)] for i in range(11))
     assert epochs[0] != epochs[1]
-    assert names(take(TrainLoader(Slides(), batch_size=1, seed=1), 11)) != epochs[0]
+    assert names(take(train(Slides(), batch_size=1, seed=1), 11)) != epochs[0]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_resumed_loader_goes_on_where_it_was(num_workers):
     options = {"batch_size": 2, "max_tiles": 3, "num_workers": num_workers}
-    expected = take(TrainLoader(Slides(), **options), 9)
-    first = TrainLoader(Slides(), **options)
+    expected = take(train(Slides(), **options), 9)
+    first = train(Slides(), **options)
     take(first, 7)
-    second = TrainLoader(Slides(), **{**options, "num_workers": 0})
+    second = train(Slides(), **{**options, "num_workers": 0})
     second.load_state_dict(first.state_dict())
     got = take(second, 2)
     assert names(got) == names(expected[7:])
@@ -63,7 +72,7 @@ def test_a_resumed_loader_goes_on_where_it_was(num_workers):
 
 def test_max_tiles_takes_other_tiles_each_epoch_in_their_order():
     slides, samples = Slides(), set()
-    for batch in take(TrainLoader(slides, batch_size=1, max_tiles=4), 8 * 11):
+    for batch in take(train(slides, batch_size=1, max_tiles=4), 8 * 11):
         tiles, coords, _, name = slides[int(batch["names"][0])]
         places = (batch["coords"][0, :, :1] == coords[:, 0]).nonzero()[:, 1]
         assert len(places) == min(4, len(tiles))
@@ -75,7 +84,7 @@ def test_max_tiles_takes_other_tiles_each_epoch_in_their_order():
 
 
 def test_ranks_share_an_epoch():
-    loaders = [TrainLoader(Slides(), batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
+    loaders = [train(Slides(), batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
     assert [len(loader) for loader in loaders] == [2, 2]
     seen = [name for loader in loaders for batch in names(take(loader, 2)) for name in batch]
     assert len(set(seen)) == 8
@@ -84,7 +93,7 @@ def test_ranks_share_an_epoch():
 @pytest.mark.parametrize(("world_size", "fillers"), [(2, 1), (3, 1), (4, 1), (13, 2)])
 def test_ranks_evaluate_every_slide_once_and_fillers_do_not_count(world_size, fillers):
     ranks = [
-        list(EvalLoader(Slides(), batch_size=1, rank=rank, world_size=world_size))
+        list(evaluate(Slides(), batch_size=1, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
@@ -105,16 +114,16 @@ def test_ranks_evaluate_every_slide_once_and_fillers_do_not_count(world_size, fi
 
 
 def test_repeated_batches_come_again():
-    got = names(take(TrainLoader(Slides(), batch_size=2, repeat=2), 6))
+    got = names(take(train(Slides(), batch_size=2, repeat=2), 6))
     assert got[:2] * 3 == got
     assert got[0] != got[1]
 
 
 def test_evaluation_keeps_the_order_and_can_take_some():
-    loader = EvalLoader(Slides(), batch_size=4, num_workers=1)
+    loader = evaluate(Slides(), batch_size=4, num_workers=1)
     assert len(loader) == 3
     assert [name for batch in names(loader) for name in batch] == [str(i) for i in range(11)]
-    assert names(EvalLoader(Slides(), batch_size=2, indices=[5, 1, 9])) == [["5", "1"], ["9"]]
+    assert names(evaluate(Slides(), batch_size=2, places=[5, 1, 9])) == [["5", "1"], ["9"]]
 
 
 class DamagedSlides(Slides):
@@ -127,7 +136,7 @@ class DamagedSlides(Slides):
 
 
 def test_a_damaged_slide_is_replaced_in_training_and_logged(caplog):
-    loader = TrainLoader(DamagedSlides(), batch_size=11, on_error="skip")
+    loader = train(DamagedSlides(), batch_size=11, on_error="skip")
     (batch,) = take(loader, 1)
     assert sorted(batch["names"], key=int) == ["1", "1", "2", "4", "4", *"56789", "10"]
     assert int(batch["num_skipped"]) == 2
@@ -137,7 +146,7 @@ def test_a_damaged_slide_is_replaced_in_training_and_logged(caplog):
 
 
 def test_a_damaged_slide_does_not_count_in_evaluation():
-    loader = EvalLoader(DamagedSlides(), batch_size=2, on_error="skip")
+    loader = evaluate(DamagedSlides(), batch_size=2, on_error="skip")
     batches = list(loader)
     assert [name for batch in names(batches) for name in batch] == [
         *("", "1", "2", "", "4", "5", "6", "7", "8", "9", "10")
@@ -147,12 +156,12 @@ def test_a_damaged_slide_does_not_count_in_evaluation():
 
 
 def test_fillers_are_no_skipped_slides():
-    (*_, last) = EvalLoader(Slides(), batch_size=3, rank=1, world_size=2)
+    (*_, last) = evaluate(Slides(), batch_size=3, rank=1, world_size=2)
     assert last["names"][-1] == ""
     assert int(last["num_skipped"]) == 0
 
 
-@pytest.mark.parametrize("kind", [TrainLoader, EvalLoader])
+@pytest.mark.parametrize("kind", [train, evaluate])
 def test_a_damaged_slide_stops_a_run_that_says_so(kind):
     with pytest.raises(ValueError, match=r"slide_[03]\.h5: tiles .* --data.on_error skip, which"):
         take(kind(DamagedSlides(), batch_size=11), 1)
@@ -160,4 +169,4 @@ def test_a_damaged_slide_stops_a_run_that_says_so(kind):
 
 def test_an_epoch_must_fill_a_step():
     with pytest.raises(ValueError, match=r"batch_size=6 on 2 processes takes 12 slides, got 11"):
-        TrainLoader(Slides(), batch_size=6, world_size=2)
+        train(Slides(), batch_size=6, world_size=2)
