@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -101,8 +101,7 @@ class BatchTokenizer:
             ValueError: If there is no text, or one is too long and `on_long="raise"`.
             TypeError: If a text is not a string, or `context_length` not an integer.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        _check_texts(texts)
+        texts = _listed(texts)
         limit = self.context_length
         if context_length is not None:
             limit = _check_length(context_length)
@@ -154,7 +153,10 @@ def _check_length(context_length: int) -> int:
     return context_length
 
 
-def _check_texts(texts: list[str]) -> None:
+def _listed(given: str | Iterable[str]) -> list[str]:
+    if not isinstance(given, Iterable):
+        raise TypeError(f"texts must be a string or several, got {given!r}.")
+    texts = [given] if isinstance(given, str) else list(given)
     if not texts:
         raise ValueError("texts must hold at least one text, got none.")
     for i, text in enumerate(texts):
@@ -162,3 +164,4 @@ def _check_texts(texts: list[str]) -> None:
             raise TypeError(
                 f"texts must be strings, got {text!r} ({type(text).__name__}) as number {i}."
             )
+    return texts

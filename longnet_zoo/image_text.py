@@ -40,11 +40,12 @@ def create_model_and_transforms(
 
     Returns:
         The model in training mode, the transform for training and that for evaluation. Each
-        transform makes a tensor (in_chans, height, width) of a PIL image.
+        transform makes a tensor (3, height, width) of a PIL image, and raises ValueError for one
+        with more than 8 bits a channel.
 
     Raises:
-        ValueError: If the name is unknown or that of another kind of model, or as for
-            `create_model`.
+        ValueError: If the name is unknown or that of another kind of model, its images are not
+            RGB, or as for `create_model`.
         TypeError: As for `create_model`, like all other errors.
 
     Example:
@@ -58,6 +59,12 @@ def create_model_and_transforms(
             f"{entry.modality} model. Use create_model, and timm.data.create_transform."
         )
     model = cast(LongNetCLIP, create_model(name, pretrained=pretrained, **options))
+    in_chans = model.config.image.in_chans
+    if in_chans != 3:
+        raise ValueError(
+            f"the transforms make RGB images, so image must have in_chans=3, got {in_chans}. Use "
+            "create_model, and transforms of your own."
+        )
     data = resolve_data_config(model=model.visual)
     train = create_transform(
         **data, is_training=True, scale=_CROP_SCALE, hflip=0.0, color_jitter=0.0
@@ -170,4 +177,10 @@ def _of_any_mode(transform: Any) -> Transform:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    # Pillow cuts 16 bits off at 255, which leaves nearly white.
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"an image must have 8 bits a channel, got Pillow's mode {image.mode!r}. Scale it to "
+            "0..255 first."
+        )
     return image.convert("RGB")

@@ -115,6 +115,8 @@ def test_bad_input_is_refused(tokenizer):
         tokenizer([])
     with pytest.raises(TypeError, match=r"must be strings, got b'a' \(bytes\) as number 1"):
         tokenizer(["a", b"a"])
+    with pytest.raises(TypeError, match=r"texts must be a string or several, got None"):
+        tokenizer(None)
     with pytest.raises(TypeError, match=r"context_length must be an integer, got 7.0"):
         tokenizer("a", 7.0)
     with pytest.raises(ValueError, match="context_length must be at least 1, got 0"):

@@ -56,6 +56,22 @@ def test_transforms_take_pictures_of_every_mode(mode):
         assert -3 < image.min() < 0 < image.max() < 3
 
 
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("I;16", np.uint16), ("I", np.int32), ("F", np.float32)]
+)
+def test_transforms_refuse_pictures_that_would_become_white(mode, dtype):
+    image = Image.fromarray(np.full((50, 90), 30000, dtype))
+    for transform in create_model_and_transforms("longnet_clip_tiny", **SMALL)[1:]:
+        with pytest.raises(ValueError, match=f"8 bits a channel, got Pillow's mode '{mode}'"):
+            transform(image)
+
+
+def test_transforms_are_for_rgb_images_only():
+    options = {**SMALL, "image": {**SMALL["image"], "in_chans": 1}}
+    with pytest.raises(ValueError, match=r"must have in_chans=3, got 1\. Use create_model"):
+        create_model_and_transforms("longnet_clip_tiny", **options)
+
+
 def test_evaluation_shows_the_whole_image_and_training_crops_little_and_never_flips():
     _, train, evaluate = create_model_and_transforms("longnet_clip_tiny")
     left = np.zeros((64, 64, 3), np.uint8)

@@ -105,6 +105,7 @@ class MultimodalDilatedAttention(nn.Module):
         check_modality_names(patterns)
         if not 0.0 < time_rate < float("inf"):
             raise ValueError(f"time_rate must be a positive number, got {time_rate}.")
+        _check_probabilities(dropout=dropout, drop_path=drop_path)
         self.names = tuple(patterns)
         self.time_rate = time_rate
         attend = partial(DilatedAttention, embed_dim=embed_dim, num_heads=num_heads)
@@ -240,6 +241,9 @@ class MultimodalBlock(nn.Module):
         dropout: Dropout of what the networks return, in [0, 1).
         drop_path: Probability per sample and network to skip it in training, in [0, 1).
         eps: Epsilon of the LayerNorms.
+
+    Raises:
+        ValueError: If a probability is outside its range.
     """
 
     def __init__(
@@ -257,6 +261,7 @@ class MultimodalBlock(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        _check_probabilities(dropout=dropout, drop_path=drop_path)
         feed = partial(FeedForward, embed_dim=embed_dim, ffn_dim=ffn_dim, activation=activation)
         feed = partial(feed, sub_ln=sub_ln, bias=bias, dropout=activation_dropout, eps=eps)
         names = attention.names
@@ -305,14 +310,19 @@ class MultimodalBlock(nn.Module):
 
 def check_modality_names(names: Mapping[str, Any] | Sequence[str]) -> None:
     """Checks that there are modalities, with names that modules can have."""
-    taken = [
-        name for name in names if not str(name).isidentifier() or hasattr(nn.ModuleDict, str(name))
-    ]
+    empty = nn.ModuleDict()  # a module has names that its class has not, such as "training"
+    taken = [name for name in names if not str(name).isidentifier() or hasattr(empty, str(name))]
     if taken or not names:
         raise ValueError(
             "modalities must have names like those of variables that nn.ModuleDict does not have, "
             f"at least one, got {taken or list(names)}."
         )
+
+
+def _check_probabilities(**options: float) -> None:
+    for name, value in options.items():
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{name} must be in [0, 1), got {value}.")
 
 
 def check_samples(

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Samples", "check_known", "check_presence", "run_grouped", "take_part"]
+__all__ = ["Samples", "check_known", "check_presence", "own_masks", "run_grouped", "take_part"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,7 +66,7 @@ def check_presence(
         names: The modalities.
 
     Returns:
-        The inputs that are there in the order of `names`, and the presence of each of them; None
+        The inputs that a sample has in the order of `names`, and the presence of each of them; None
         where all samples have all of these.
 
     Raises:
@@ -94,6 +94,9 @@ def check_presence(
     empty = [row for row in range(batch) if not any(flags[row] for flags in has.values())]
     if empty:
         raise ValueError(f"every sample needs a modality, got none for the samples {empty}.")
+    # What nobody has is not even looked at, such as texts that are all empty.
+    found = {name: x for name, x in found.items() if any(has[name])}
+    has = {name: has[name] for name in found}
     return found, None if all(map(all, has.values())) else has
 
 
@@ -102,6 +105,34 @@ def check_known(argument: str, given: Mapping[str, Any] | None, names: Sequence[
     unknown = sorted(set(given or ()) - set(names))
     if unknown:
         raise ValueError(f"{argument} must be of the modalities {', '.join(names)}, got {unknown}.")
+
+
+def own_masks(
+    masks: Mapping[str, Tensor | None] | None,
+    found: Mapping[str, Tensor],
+    *,
+    names: Sequence[str],
+) -> dict[str, Tensor]:
+    """Takes the padding masks of the inputs that are there, a row for each sample.
+
+    Args:
+        masks: Masks by modality, (b, ...); absent or None: no padding.
+        found: The inputs that are there, (b, ...).
+        names: The modalities.
+
+    Raises:
+        ValueError: If a modality is unknown, or a mask is of another batch.
+    """
+    check_known("padding_masks", masks, names)
+    given = masks or {}
+    own = {name: mask for name in found if (mask := given.get(name)) is not None}
+    for name, mask in own.items():
+        if mask.shape[:1] != found[name].shape[:1]:
+            raise ValueError(
+                f"padding_masks[{name!r}] must have a row for each of the {len(found[name])} "
+                f"samples, got {tuple(mask.shape)}."
+            )
+    return own
 
 
 def run_grouped(

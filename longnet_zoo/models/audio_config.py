@@ -6,7 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .checks import check_choices, check_integers, check_positive, check_probabilities
+from .checks import (
+    check_choices,
+    check_finite,
+    check_integers,
+    check_positive,
+    check_probabilities,
+)
 from .config import ModelConfig
 
 __all__ = ["AudioHead", "FrontEnd", "LongNetAudioConfig"]
@@ -108,10 +114,7 @@ class LongNetAudioConfig(ModelConfig):
         return max(1, round(self.chunk_seconds * self.frame_rate))
 
     def _check_front_end(self) -> None:
-        if isinstance(self.log_mel_mean, bool) or not isinstance(self.log_mel_mean, (int, float)):
-            raise TypeError(f"log_mel_mean must be a number, got {self.log_mel_mean!r}.")
-        if not math.isfinite(self.log_mel_mean):
-            raise ValueError(f"log_mel_mean must be a finite number, got {self.log_mel_mean}.")
+        check_finite(self, "log_mel_mean")
         if self.window_size < self.hop_size:
             raise ValueError(
                 "window_size must be at least hop_size, or samples are lost, got "

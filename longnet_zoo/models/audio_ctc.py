@@ -85,7 +85,11 @@ def greedy_search(log_probs: Tensor, *, blank_id: int) -> Transcript:
     Args:
         log_probs: Log-probabilities of one sample, (frames, num_classes).
         blank_id: The output that stands for no symbol.
+
+    Raises:
+        ValueError: If there is NaN in them.
     """
+    _check_numbers(log_probs)
     scores, best = log_probs.max(dim=-1)
     symbols = best.tolist()
     begins = [
@@ -117,8 +121,9 @@ def prefix_beam_search(
         Up to `num_texts` texts, the most probable first.
 
     Raises:
-        ValueError: If `num_texts` is below 1 or `beam_size` below `num_texts`.
+        ValueError: If `num_texts` is below 1 or `beam_size` below `num_texts`, or there is NaN.
     """
+    _check_numbers(log_probs)
     if type(beam_size) is not int or not 1 <= num_texts <= beam_size:
         raise ValueError(
             "beam_size must be an integer of at least num_texts, and that at least 1, got "
@@ -173,6 +178,15 @@ def align(log_probs: Tensor, ids: Sequence[int], *, blank_id: int) -> list[int]:
     for frame, place in enumerate(path):
         begins.setdefault(place, frame)
     return [begins[2 * number + 1] for number in range(len(ids))]
+
+
+def _check_numbers(log_probs: Tensor) -> None:
+    is_wrong = log_probs.isnan().any(dim=-1)
+    if is_wrong.any():
+        raise ValueError(
+            f"log_probs must be numbers, got NaN, first at frame {int(is_wrong.nonzero()[0])}. "
+            "Look for it in the weights, or leave half precision."
+        )
 
 
 def _moved(scores: Tensor, places: int) -> Tensor:

@@ -26,13 +26,17 @@ __all__ = ["AudioInfo", "AudioSource", "audio_blocks", "audio_info", "read_audio
 AudioSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO"
 
 _BLOCK_SECONDS = 30.0
-# torchaudio makes the interpolation filters of all phases at once: 2**26 entries are 256 MiB.
+# torchaudio makes the interpolation filters of all phases at once, each as long as a period, most
+# of it zeros: 2**26 entries are 256 MiB. Beyond that they are made here, without the zeros.
 _MOST_FILTER_ENTRIES = 2**26
+# More than any integer of 32 bits: damage, whose square float32 could not hold.
+_LARGEST = 2.0**31
 _LOWPASS_WIDTH, _ROLLOFF = 6, 0.99  # torchaudio's defaults
 # Headers that count what follows; writers often get those of the whole file wrong by some bytes.
 _SIZE_IN_LOG = re.compile(r"^ *(.+?) *: *(\d+) \(should be (\d+)\)", re.MULTILINE)
 _WHOLE_FILE = ("RIFF", "FORM")
 _UNKNOWN_SIZES = (0x7FFFFFFF, 0xFFFFFFFF)  # written by programmes that pipe
+_UNKNOWN_FRAMES = 2**62  # libsndfile's number for a FLAC file without one is beyond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,13 +185,18 @@ def _open(source: AudioSource) -> Iterator[tuple[Any, str]]:
         size = stream.seek(0, io.SEEK_END) - start
         if size == 0:
             raise ValueError(f"a recording must have a header and samples, {name} is empty.")
-        is_cut = _is_cut_ogg(stream, start, size)
+        is_cut, stated = _is_cut_ogg(stream, start, size), _frames_of_sphere(stream, start)
         stream.seek(start)
         with soundfile.SoundFile(stream) as file:
-            if is_cut or _is_cut_by_its_log(file.extra_info):
+            if is_cut or file.frames < stated or _is_cut_by_its_log(file.extra_info):
                 raise ValueError(
                     f"{name} is truncated: its {size} bytes end before the audio does. Copy or "
                     "download it again."
+                )
+            if file.frames >= _UNKNOWN_FRAMES:
+                raise ValueError(
+                    f"a recording must say how long it is, the header of {name} does not, as those "
+                    "that are written into a pipe. Write it again: ffmpeg -i old.flac new.flac"
                 )
             if file.frames == 0:
                 raise ValueError(f"a recording must have samples, {name} has none.")
@@ -237,6 +246,14 @@ def _is_cut_ogg(stream: Any, start: int, size: int) -> bool:
     return not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
+def _frames_of_sphere(stream: Any, start: int) -> int:
+    """Samples that the header of a NIST SPHERE file states, unread by libsndfile; 0 for others."""
+    stream.seek(start)
+    header = stream.read(1024)
+    stated = re.search(rb"^sample_count -i (\d+)", header, re.MULTILINE)
+    return int(stated[1]) if stated and header.startswith(b"NIST_1A") else 0
+
+
 def _info(file: Any) -> AudioInfo:
     return AudioInfo(
         sample_rate=file.samplerate,
@@ -267,12 +284,13 @@ def _resampled(
         yield from _mono_blocks(file, name, (first, end or file.frames), block_size)
         return
     width = math.ceil(_LOWPASS_WIDTH * old / (min(old, new) * _ROLLOFF))
-    if new * (old + 2 * width) > _MOST_FILTER_ENTRIES:
+    if new * (2 * width + 2) > _MOST_FILTER_ENTRIES:
         raise ValueError(
-            f"rates must share a large divisor to be resampled, got {file.samplerate} Hz in {name}"
-            f" and sample_rate={sample_rate}, which share {divisor}. Convert the file first."
+            f"rates must share a divisor or be alike to be resampled, got {file.samplerate} Hz in "
+            f"{name} and sample_rate={sample_rate}, which share {divisor}. Convert the file first."
         )
-    resample = _make_resample(old, new)
+    has_few = new * (old + 2 * width) <= _MOST_FILTER_ENTRIES
+    resample = _make_resample(old, new) if has_few else _make_sparse_resample(old, new, width)
     context = -(-width // old) * old
     begin = first // new * old - context
     stop = file.frames if end is None else min(file.frames, -(-end // new) * old + context)
@@ -307,10 +325,38 @@ def _make_resample(old: int, new: int) -> Callable[[Tensor], Tensor]:
     )
 
 
+def _make_sparse_resample(old: int, new: int, width: int) -> Callable[[Tensor], Tensor]:
+    """Makes torchaudio's filters from their formula, of the inputs alone that an output sees."""
+    outputs = torch.arange(new)
+    first = outputs * old // new  # an output lies at its phase of a period, behind this input
+    places = first[:, None] + torch.arange(-width, width + 2)
+    rate = min(old, new) * _ROLLOFF
+    distances = rate * (places.double() / old - outputs.double()[:, None] / new)
+    distances = distances.clamp(-_LOWPASS_WIDTH, _LOWPASS_WIDTH)
+    window = (distances * (math.pi / (2 * _LOWPASS_WIDTH))).cos().square()
+    filters = (torch.sinc(distances) * window * (rate / old)).float()
+    places = places + width
+
+    def run(samples: Tensor) -> Tensor:
+        total = -(-len(samples) * new // old)
+        num_periods = -(-total // new)
+        behind = num_periods * old + width + 2 - len(samples)
+        padded = torch.nn.functional.pad(samples, (width, behind))
+        parts = [
+            (padded[period * old :][places] * filters).sum(dim=1) for period in range(num_periods)
+        ]
+        return torch.cat(parts)[:total]
+
+    return run
+
+
 def _mono_blocks(file: Any, name: str, span: tuple[int, int], block_size: int) -> Iterator[Tensor]:
     """Reads samples [first, end) of the file, (samples,) each, and checks them."""
     first, end = span
-    file.seek(first)
+    if file.seekable():
+        file.seek(first)
+    else:  # such as GSM 6.10 in WAV
+        file.read(first, dtype="float32")
     for begin in range(first, end, block_size):
         wanted = min(block_size, end - begin)
         samples = torch.from_numpy(file.read(wanted, dtype="float32", always_2d=True)).mean(dim=1)
@@ -319,11 +365,11 @@ def _mono_blocks(file: Any, name: str, span: tuple[int, int], block_size: int) -
                 f"{name} is truncated: it ends after {begin + len(samples)} of its {file.frames} "
                 "samples. Copy or download it again."
             )
-        is_wrong = ~samples.isfinite()
+        is_wrong = ~(samples.abs() <= _LARGEST)
         if is_wrong.any():
             place = begin + int(is_wrong.nonzero()[0])
             raise ValueError(
-                f"samples must be finite numbers, {name} has others, the first at "
+                f"samples must be finite numbers up to 2^31, {name} has others, the first at "
                 f"{place / file.samplerate:.3f} seconds. Repair or drop it."
             )
         yield samples

@@ -140,7 +140,7 @@ class BEiT3Captioner(BEiT3Encoder):
             ValueError: If an option is out of range, the texts would be longer than
                 `max_text_len`, padding is not on the right, the model is in training mode, or as
                 `caption_logits`.
-            TypeError: As `caption_logits`.
+            TypeError: If a number is no integer, or as `caption_logits`.
             NotImplementedError: As `caption_logits`.
 
         Example:
@@ -198,6 +198,12 @@ class BEiT3Captioner(BEiT3Encoder):
         self, max_new_tokens: int, end_id: int, temperature: float, top_k: int | None
     ) -> None:
         vocab_size = self._training_head("masked_text").out_features
+        numbers = (max_new_tokens, end_id, *([] if top_k is None else [top_k]))
+        if any(type(number) is not int for number in numbers):
+            raise TypeError(
+                "max_new_tokens, end_id and top_k must be integers, got "
+                f"max_new_tokens={max_new_tokens!r}, end_id={end_id!r} and top_k={top_k!r}."
+            )
         if max_new_tokens < 1 or not 0 <= end_id < vocab_size:
             raise ValueError(
                 f"max_new_tokens must be 1 or more and end_id in [0, {vocab_size}), got "

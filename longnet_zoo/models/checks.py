@@ -5,6 +5,7 @@ Those of a config take names of its fields, so that messages carry the name the 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from numbers import Real
@@ -17,6 +18,7 @@ from longnet_zoo.ops.arguments import can_read
 
 __all__ = [
     "check_choices",
+    "check_finite",
     "check_flags",
     "check_heads",
     "check_integers",
@@ -39,6 +41,14 @@ def check_integers(config: Any, *names: str, minimum: int = 1, optional: bool = 
             raise TypeError(f"{rule}, got {value!r} ({type(value).__name__}).")
         if value < minimum:
             raise ValueError(f"{rule}, got {value}.")
+
+
+def check_finite(config: Any, *names: str) -> None:
+    """Checks that fields are finite numbers."""
+    for name in names:
+        value = _number(config, name, "a finite number")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}.")
 
 
 def check_positive(config: Any, *names: str) -> None:

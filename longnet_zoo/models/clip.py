@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from longnet_zoo.ops.arguments import can_read
 from longnet_zoo.ops.contrastive import contrastive_loss
 from longnet_zoo.registry import register_model
 
@@ -103,7 +104,8 @@ class LongNetCLIP(ZooModel):
             Features, (batch, output_dim).
 
         Raises:
-            ValueError: If shapes or token ids do not fit the model, or texts are too long.
+            ValueError: If shapes or token ids do not fit the model, or texts are too long or begin
+                with padding.
             TypeError: If tokens are not integers.
         """
         self._check_tokens(tokens)
@@ -218,6 +220,14 @@ class LongNetCLIP(ZooModel):
             raise ValueError(
                 f"texts must have at most max_text_len={self.config.max_text_len} tokens, got "
                 f"{tokens.shape[1]}. Cut them, or make the model with a larger max_text_len."
+            )
+        first = tokens[:, 0] == self.config.pad_id
+        # Reading values would stall a GPU.
+        if tokens.device.type == "cpu" and can_read(first) and first.any():
+            raise ValueError(
+                "texts must begin with a token and be filled up at the right, got "
+                f"pad_id={self.config.pad_id} first in rows {first.nonzero().flatten().tolist()}. "
+                "Pad on the right, and give an empty text its end token."
             )
 
 

@@ -44,7 +44,17 @@ class ZooConfig:
         Args:
             options: Values by name of the field. For a part of the model a mapping changes only
                 the options that it names.
+
+        Raises:
+            TypeError: If there is no such field.
         """
+        known = [field.name for field in fields(self)]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} has no options {', '.join(map(repr, unknown))}. Options: "
+                f"{', '.join(known)}."
+            )
         parts = {
             name: getattr(self, name).changed(value)
             for name, value in options.items()

@@ -31,6 +31,7 @@ from longnet_zoo.layers.presence import (
     Samples,
     check_known,
     check_presence,
+    own_masks,
     run_grouped,
     take_part,
 )
@@ -185,6 +186,7 @@ class LongNetMultimodal(ZooModel):
         Returns:
             As for `forward`.
         """
+        check_known("padding_masks", padding_masks, self.names)
         masks = {
             name: self._encoder(name).token_padding(mask, tokens.shape[1])
             for name, mask in (padding_masks or {}).items()
@@ -193,7 +195,6 @@ class LongNetMultimodal(ZooModel):
         samples, has = check_samples(
             features, None, masks, present, names=self.names, embed_dim=self.embed_dim
         )
-
         head = partial(self._head, pre_logits=pre_logits)
         return run_grouped(lambda x: {"": head(x.inputs, x.padding_masks)}, samples, has)[""]
 
@@ -310,13 +311,12 @@ class LongNetMultimodal(ZooModel):
     ) -> tuple[Samples, dict[str, list[bool]] | None]:
         found, has = check_presence(inputs, present, names=self.names)
         check_known("times", times, self.names)
-        check_known("padding_masks", padding_masks, self.names)
+        masks = own_masks(padding_masks, found, names=self.names)
         rows = {
             name: self._encoder(name).check_times(found[name], own)
             for name, own in (times or {}).items()
             if name in found
         }
-        masks = {name: mask for name, mask in (padding_masks or {}).items() if name in found}
         return Samples(inputs=found, times=rows, padding_masks=masks), has
 
     def _unused(

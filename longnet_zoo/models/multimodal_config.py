@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
 from longnet_zoo.layers.multimodal import check_modality_names
 from longnet_zoo.ops.pattern import DilatedPattern
 
-from .checks import check_choices, check_integers, check_positive, check_probabilities
+from .checks import (
+    check_choices,
+    check_finite,
+    check_integers,
+    check_positive,
+    check_probabilities,
+)
 from .config import ModelConfig, ZooConfig
 
 __all__ = [
@@ -55,7 +61,7 @@ class ModalityConfig(ZooConfig):
     def pattern(self) -> DilatedPattern:
         """Lengths and rates of its own attention; the other switches are those of the model."""
         return DilatedPattern(
-            segment_lengths=tuple(self.segment_lengths), dilation_rates=tuple(self.dilation_rates)
+            segment_lengths=self.segment_lengths, dilation_rates=self.dilation_rates
         )
 
 
@@ -134,10 +140,12 @@ class AudioModality(ModalityConfig):
         super().__post_init__()
         check_integers(self, "sample_rate", "window_size", "hop_size", "num_mels")
         check_positive(self, "log_mel_std", "chunk_seconds")
-        strides = tuple(self.conv_strides)
-        if not strides or any(type(stride) is not int or stride < 1 for stride in strides):
-            raise ValueError(f"conv_strides must be integers of at least 1, got {strides}.")
-        object.__setattr__(self, "conv_strides", strides)
+        check_finite(self, "log_mel_mean")
+        strides = self.conv_strides
+        are_many = isinstance(strides, (tuple, list)) and len(strides) > 0
+        if not are_many or any(type(stride) is not int or stride < 1 for stride in strides):
+            raise ValueError(f"conv_strides must be integers of at least 1, got {strides!r}.")
+        object.__setattr__(self, "conv_strides", tuple(strides))
         if self.window_size < self.hop_size:
             raise ValueError(
                 "window_size must be at least hop_size, or samples are lost, got "
@@ -204,7 +212,7 @@ def modality_from(options: ModalityConfig | Mapping[str, Any]) -> ModalityConfig
 
     Raises:
         ValueError: If the kind is unknown, or an option has a bad value.
-        TypeError: If an option is unknown.
+        TypeError: If an option is unknown or missing.
     """
     if isinstance(options, ModalityConfig):
         return options
@@ -214,6 +222,15 @@ def modality_from(options: ModalityConfig | Mapping[str, Any]) -> ModalityConfig
     if kind not in _KINDS:
         raise ValueError(
             f"a modality must have a kind, one of {', '.join(map(repr, _KINDS))}, got {kind!r}."
+        )
+    known = {field.name: field.default is MISSING for field in fields(_KINDS[kind])}
+    unknown = [name for name in options if name not in known]
+    lacking = [name for name, is_needed in known.items() if is_needed and name not in options]
+    if unknown or lacking:
+        got = [f"no {name}" for name in lacking] + [f"the unknown {name!r}" for name in unknown]
+        raise TypeError(
+            f"a modality of kind {kind!r} must have options among {', '.join(known)}, got "
+            f"{' and '.join(got)} in {dict(options)}."
         )
     return _KINDS[kind](**options)
 
@@ -256,6 +273,11 @@ class LongNetMultimodalConfig(ModelConfig):
             raise ValueError(
                 "rotary positions need an even head_dim = embed_dim / num_heads, got "
                 f"embed_dim={self.embed_dim} and num_heads={self.num_heads}."
+            )
+        if not isinstance(self.modalities, (tuple, list)):
+            raise TypeError(
+                "modalities must be a tuple of configs or mappings of options, got "
+                f"{self.modalities!r}."
             )
         object.__setattr__(self, "modalities", tuple(map(modality_from, self.modalities)))
         check_modality_names(self.names)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longnet_zoo.layers import initialize_weights
 from longnet_zoo.layers.timeline import as_rows
 from longnet_zoo.ops.arguments import can_read
+from longnet_zoo.ops.positions import float64_device
 
 from .audio_checks import check_waveform
 from .audio_front_end import AudioFrontEnd, LogMel
@@ -300,7 +301,11 @@ class AudioEncoder(ModalityEncoder):
         """Computes the time of the middle of each frame."""
         frames = torch.arange(num_tokens, device=device, dtype=torch.float32)
         middles = (frames[None] + 0.5) / self.modality.frame_rate
-        return middles if times is None else times + middles
+        if times is None:
+            return middles
+        # Seconds since 1970 and fractions of them do not fit float32.
+        place = float64_device(times.device)
+        return times.to(place, torch.float64) + middles.to(place)
 
     def flops(self, num_tokens: int) -> int:
         """Counts the FLOPs of making so many embeddings, a multiply-add as two."""

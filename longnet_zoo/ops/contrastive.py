@@ -170,8 +170,9 @@ def check_pairs(
             "image_features and text_features must both be (batch, channels) with at least one "
             f"pair, got {shape} and {tuple(text_features.shape)}."
         )
-    if labels is not None and labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}. Convert with labels.long().")
+    if labels is not None and (not isinstance(labels, Tensor) or labels.dtype != torch.int64):
+        got = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be a tensor of int64, got {got}. Convert with labels.long().")
     if labels is not None and tuple(labels.shape) != shape[:1]:
         raise ValueError(
             f"labels must have one number for each pair, {shape[:1]}, got {tuple(labels.shape)}."

@@ -382,6 +382,8 @@ def test_inputs_that_do_not_fit_are_refused(change, error, message):
         ({"patterns": {"a.b": ACROSS}}, r"got \['a\.b'\]"),
         ({"patterns": {"keys": ACROSS}}, r"got \['keys'\]"),
         ({"time_rate": 0.0}, "time_rate must be a positive number, got 0.0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"drop_path": -0.1}, r"drop_path must be in \[0, 1\), got -0.1"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from longnet_zoo.layers.presence import Samples, check_presence, run_grouped, take_part
+from longnet_zoo.layers.presence import (
+    Samples,
+    check_presence,
+    own_masks,
+    run_grouped,
+    take_part,
+)
 
 NAMES = ("a", "b", "c")
 
@@ -82,6 +88,29 @@ def test_presence_that_cannot_be_is_refused(inputs, present, message):
 def test_presence_is_bool():
     with pytest.raises(TypeError, match=r"present\['a'\] must be bool \(batch,\), got tensor\(\[1"):
         check_presence({"a": torch.zeros(2, 3)}, {"a": torch.tensor([1, 0])}, names=NAMES)
+
+
+def test_what_nobody_has_is_not_looked_at():
+    inputs = {"a": torch.zeros(2, 3), "b": torch.zeros(2, 0)}
+    found, has = check_presence(inputs, {"b": [False, False]}, names=NAMES)
+    assert list(found) == ["a"]
+    assert has is None
+    present = {"a": [True, False], "b": [False, False]}
+    found, has = check_presence({**inputs, "c": inputs["a"]}, present, names=NAMES)
+    assert list(found) == ["a", "c"]
+    assert has == {"a": [True, False], "c": [True, True]}
+
+
+def test_masks_are_of_the_samples():
+    found, mask = {"a": torch.zeros(2, 3), "c": torch.zeros(2, 4)}, torch.zeros(2, 3).bool()
+    assert own_masks(None, found, names=NAMES) == {}
+    assert own_masks({"a": mask, "b": mask, "c": None}, found, names=NAMES) == {"a": mask}
+    with pytest.raises(ValueError, match=r"padding_masks must be of .* got \['d'\]"):
+        own_masks({"d": mask}, found, names=NAMES)
+    # Samples are taken by their number, so a mask of others would go unnoticed later.
+    for wrong in (mask[:1], mask.repeat(2, 1), mask[0, 0]):
+        with pytest.raises(ValueError, match=r"masks\['a'\] must have a row for each of the 2 sa"):
+            own_masks({"a": wrong}, found, names=NAMES)
 
 
 def test_a_single_process_leaves_unused_parameters_without_gradient():

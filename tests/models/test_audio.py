@@ -347,7 +347,7 @@ def test_blocks_that_cannot_be_are_refused(block, error, message):
         ({"conv_kernels": (3, 5.0)}, TypeError, r"conv_kernels must be .*got \(3, 5.0\)"),
         ({"conv_dim": 0}, ValueError, "conv_dim must be .*got 0"),
         ({"log_mel_std": 0.0}, ValueError, "log_mel_std must be a positive number, got 0.0"),
-        ({"log_mel_mean": "a"}, TypeError, "log_mel_mean must be a number, got 'a'"),
+        ({"log_mel_mean": "a"}, TypeError, "log_mel_mean must be a finite number, got 'a'"),
         ({"log_mel_mean": math.nan}, ValueError, "log_mel_mean must be a finite number, got nan"),
         ({"chunk_seconds": 0}, ValueError, "chunk_seconds must be a positive number, got 0"),
         ({"rotary_base": 1.0}, ValueError, "rotary_base must be above 1, got 1.0"),

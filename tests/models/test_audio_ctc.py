@@ -1,5 +1,6 @@
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -99,6 +100,14 @@ def test_beams_without_a_prefix_are_refused(beam_size, num_texts):
     message = f"got beam_size={beam_size} and num_texts={num_texts}"
     with pytest.raises(ValueError, match=message):
         prefix_beam_search(draw(2, 3), beam_size=beam_size, blank_id=0, num_texts=num_texts)
+
+
+def test_frames_that_are_no_numbers_are_refused():
+    log_probs = draw(5, 3)
+    log_probs[2, 1] = torch.nan
+    for search in (greedy_search, partial(prefix_beam_search, beam_size=2)):
+        with pytest.raises(ValueError, match="must be numbers, got NaN, first at frame 2"):
+            search(log_probs, blank_id=0)
 
 
 @pytest.mark.parametrize("blank_id", [0, 2])

@@ -21,6 +21,7 @@ FORMATS = [
     ("ogg", "VORBIS", False),
     ("ogg", "OPUS", False),
     ("mp3", "MPEG_LAYER_III", False),
+    ("nist", "PCM_16", True),
 ]
 
 
@@ -102,6 +103,27 @@ def test_blocks_joined_are_the_whole_resampled(rate, sample_rate, monkeypatch):
         torch.testing.assert_close(part, whole[first:end], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("rate", "sample_rate"), [(441, 160), (160, 441), (441, 80)])
+def test_rates_without_a_large_divisor_are_resampled_alike(rate, sample_rate, monkeypatch):
+    samples = make_samples(2345)
+    # In float64, since torchaudio's filters are as coarse as its input.
+    whole = resample(torch.from_numpy(samples).double().mean(1), rate, sample_rate).float()
+    monkeypatch.setattr(audio_files, "_MOST_FILTER_ENTRIES", 8192)
+    monkeypatch.setattr(audio_files, "_make_resample", None)
+    content = as_bytes(samples, rate)
+    found = read_audio(content, sample_rate=sample_rate)
+    torch.testing.assert_close(found, whole, atol=1e-6, rtol=0)
+    blocks = list(audio_blocks(content, sample_rate=sample_rate, seconds=0.2))
+    torch.testing.assert_close(torch.cat(blocks), whole, atol=1e-6, rtol=0)
+
+
+def test_a_tone_of_an_odd_rate_stays_the_tone():
+    tone = [np.sin(2 * np.pi * 440 * np.arange(rate) / rate) for rate in (11127, 16000)]
+    found = read_audio(as_bytes(0.5 * tone[0], 11127), sample_rate=16000)
+    expected = torch.from_numpy(0.5 * tone[1]).float()
+    torch.testing.assert_close(found[99:-99], expected[99:-99], atol=2e-3, rtol=0)
+
+
 def test_memory_is_that_of_a_block(monkeypatch):
     held = []
 
@@ -173,6 +195,23 @@ def test_sizes_that_programmes_write_while_piping_are_no_truncation():
     assert len(read_audio(bytes(content), sample_rate=16000)) == 9000
 
 
+def test_flac_that_does_not_say_how_long_it_is_is_refused():
+    content = bytearray(as_bytes(make_samples(), file_format="FLAC"))
+    content[21] &= 0xF0  # 36 bits of its first block: how many samples there are
+    content[22:26] = bytes(4)
+    for read in (audio_info, lambda source: read_audio(source, sample_rate=8000)):
+        with pytest.raises(ValueError, match=f"the header of a recording of {len(content)} bytes"):
+            read(bytes(content))
+
+
+def test_formats_without_seeking_are_read_from_the_beginning():
+    content = as_bytes(make_samples(channels=1), file_format="WAV", subtype="GSM610")
+    whole = read_audio(content, sample_rate=16000)
+    assert len(whole) >= 9000
+    part = read_audio(content, sample_rate=16000, start=0.25, duration=0.1)
+    assert torch.equal(part, whole[4000:5600])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -189,12 +228,12 @@ def test_files_without_audio_are_refused(content, message, tmp_path):
             read(tmp_path / "a.wav")
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e30])
 def test_samples_that_are_no_numbers_are_refused(value, tmp_path):
     samples = make_samples()
     samples[4000, 1] = value
     path = write(tmp_path / "a.wav", samples, subtype="FLOAT")
-    message = "must be finite numbers, '.*a.wav' has others, the first at 0.250 seconds"
+    message = "must be finite numbers up to .*, '.*a.wav' has others, the first at 0.250 seconds"
     with pytest.raises(ValueError, match=message):
         read_audio(path, sample_rate=8000)
     with pytest.raises(ValueError, match=message):
@@ -215,7 +254,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ({"start": 1.0}, ValueError, "within a recording of .*, got start=1.0 for 0.562 seconds"),
         ({"sample_rate": 0}, ValueError, "sample_rate must be an integer of at least 1, got 0"),
         ({"sample_rate": 16e3}, ValueError, "sample_rate must be an integer .*, got 16000.0"),
-        ({"sample_rate": 15991}, ValueError, "got 16000 Hz in a .* and sample_rate=15991, which s"),
+        ({"sample_rate": 9999991}, ValueError, "got 16000 Hz in a .* and sample_rate=9999991, whi"),
         ({"source": 3}, TypeError, "source must be a path, bytes or a file object, got a int"),
     ],
 )

@@ -269,6 +269,8 @@ def test_questions_about_images_with_a_dilated_pattern():
         ({"max_new_tokens": 0}, ValueError, "got max_new_tokens=0 and end_id=0"),
         ({"end_id": 61}, ValueError, r"end_id in \[0, 61\), got max_new_tokens=3 and end_id=61"),
         ({"temperature": -1.0}, ValueError, "got temperature=-1.0 and top_k=None"),
+        ({"top_k": 2.5}, TypeError, "got max_new_tokens=3, end_id=0 and top_k=2.5"),
+        ({"end_id": None}, TypeError, "must be integers, got max_new_tokens=3, end_id=None"),
         ({"top_k": 0}, ValueError, "got temperature=0.0 and top_k=0"),
         ({"max_new_tokens": 14}, ValueError, "= 14 tokens, got 1 and max_new_tokens=14"),
         ({"prompt": torch.zeros(3, 4)}, TypeError, "tokens must be int64 or int32, got torch.flo"),

@@ -275,6 +275,12 @@ def test_options_of_a_tower_change_that_tower_alone():
     )
 
 
+def test_mistyped_options_of_a_tower_are_named_when_weights_are_loaded(tmp_path):
+    make().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"LongViTConfig has no options 'img_sz'\. Options: embed_"):
+        LongNetCLIP.from_pretrained(tmp_path, image={"img_sz": 28})
+
+
 def test_too_long_texts_are_refused():
     model = make()
     model.encode_text(torch.zeros(1, MAX_TEXT_LEN, dtype=torch.int64))
@@ -290,6 +296,8 @@ def test_bad_input_is_refused():
         model.encode_text(tokens + 1)
     with pytest.raises(TypeError, match=r"tokens must be int64 or int32, got torch.float32"):
         model.encode_text(tokens.float())
+    with pytest.raises(ValueError, match=r"at the right, got pad_id=258 first in rows \[1, 2\]"):
+        model.encode_text(tokens.flip(1))
     with pytest.raises(ValueError, match=r"got \(3, 10\) and \(2, 10\)"):
         model.contrastive_loss(image, tokens[:2])
 

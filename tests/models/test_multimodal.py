@@ -122,6 +122,8 @@ def test_padded_samples_equal_shorter_ones(global_pool):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     features = model.forward_features(inputs, times=times, padding_masks=masks)
     torch.testing.assert_close(model.forward_head(features, padding_masks=masks), logits)
+    with pytest.raises(ValueError, match=r"padding_masks must be of .*got \['smell'\]"):
+        model.forward_head(features, padding_masks={"smell": masks["tiles"]})
     for row, cut in ((0, {}), (1, lengths)):
         own = {k: x[row : row + 1, : cut.get(k)] for k, x in inputs.items()}
         own_times = {"tiles": times["tiles"][: cut.get("tiles")]}

@@ -194,7 +194,9 @@ def test_bad_input_is_refused():
             contrastive_loss(one, other, scale)
     with pytest.raises(ValueError, match=r"for each pair, \(11,\), got \(10,\)"):
         contrastive_loss(image, text, scale, labels=LABELS[:-1])
-    with pytest.raises(TypeError, match=r"labels must be int64, got torch.int32"):
+    with pytest.raises(TypeError, match=r"a tensor of int64, got torch.int32"):
         contrastive_loss(image, text, scale, labels=LABELS.int())
+    with pytest.raises(TypeError, match=r"labels must be a tensor of int64, got list"):
+        contrastive_loss(image, text, scale, labels=LABELS.tolist())
     with pytest.raises(ValueError, match=r"chunk_size must be at least 1 or None, got 0"):
         contrastive_loss(image, text, scale, chunk_size=0)
