@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -17,7 +17,7 @@ from longnet_zoo.factory import create_model
 from longnet_zoo.models import LongNetCLIP
 from longnet_zoo.registry import find_model
 
-__all__ = ["create_model_and_transforms", "zero_shot_classifier", "zero_shot_logits"]
+__all__ = ["as_rgb", "create_model_and_transforms", "zero_shot_classifier", "zero_shot_logits"]
 
 # open_clip's crops: texts name what is at the edge, and what is left or right.
 _CROP_SCALE = (0.9, 1.0)
@@ -30,8 +30,9 @@ def create_model_and_transforms(
 ) -> tuple[LongNetCLIP, Transform, Transform]:
     """Makes an image-text model, and what prepares its images.
 
-    Both transforms convert to RGB, resize and normalise as the image tower wants it. The one for
-    training crops at random, at least 90 % of the image; it neither flips nor changes colours.
+    Both transforms convert to RGB as `as_rgb`, resize and normalise as the image tower wants it.
+    The one for training crops at random, at least 90 % of the image; it neither flips nor changes
+    colours.
 
     Args:
         name: A name of `list_models(modality="image-text")`.
@@ -172,15 +173,26 @@ def _fill_in(
 
 
 def _of_any_mode(transform: Any) -> Transform:
-    """Lets a transform of timm take images that are grey or transparent, too."""
-    return Compose([_to_rgb, *transform.transforms])
+    """Lets a transform of timm take images that are grey, transparent or turned, too."""
+    return Compose([as_rgb, *transform.transforms])
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Makes an image RGB: upright as its EXIF data say, on white where it is transparent.
+
+    Raises:
+        ValueError: If it has more than 8 bits a channel.
+    """
     # Pillow cuts 16 bits off at 255, which leaves nearly white.
     if image.mode.startswith(("I", "F")):
         raise ValueError(
             f"an image must have 8 bits a channel, got Pillow's mode {image.mode!r}. Scale it to "
             "0..255 first."
         )
-    return image.convert("RGB")
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")

@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
+from longnet_zoo.image_text import as_rgb
+
 from .text_corpus import split_of
 
 __all__ = ["DIGITS", "ImageFiles", "find_images", "load_images", "read_image"]
@@ -170,17 +172,9 @@ def read_image(path: str | Path, *, max_pixels: int) -> Image.Image:
                 # Damaged files show themselves as OSError, SyntaxError, struct.error and more.
                 # In place: a copy of a slide may not fit into memory.
                 ImageOps.exif_transpose(image, in_place=True)
-                return _on_white(image)
+                return as_rgb(image)
             except Exception as error:
                 raise OSError(f"cannot read {path}: {error}") from error
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
 
 
 @contextlib.contextmanager

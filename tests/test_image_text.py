@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from longnet_zoo.batch_tokenizer import get_tokenizer
 from longnet_zoo.image_text import (
+    as_rgb,
     create_model_and_transforms,
     zero_shot_classifier,
     zero_shot_logits,
@@ -64,6 +65,20 @@ def test_transforms_refuse_pictures_that_would_become_white(mode, dtype):
     for transform in create_model_and_transforms("longnet_clip_tiny", **SMALL)[1:]:
         with pytest.raises(ValueError, match=f"8 bits a channel, got Pillow's mode '{mode}'"):
             transform(image)
+
+
+def test_pictures_are_upright_and_on_white_where_they_are_transparent():
+    pixels = np.zeros((2, 3, 4), np.uint8)
+    pixels[0, 0] = (255, 0, 0, 255)
+    image = Image.fromarray(pixels)
+    image.getexif()[ExifTags.Base.Orientation] = 6  # to be turned to the right
+    rgb = as_rgb(image)
+    assert image.size == (3, 2)
+    assert rgb.size == (2, 3)
+    found = np.array(rgb)
+    assert found[0, 1].tolist() == [255, 0, 0]
+    found[0, 1] = 255
+    assert (found == 255).all()
 
 
 def test_transforms_are_for_rgb_images_only():
