@@ -1,10 +1,13 @@
 """Pictures of what an audio model heard: spectrograms with classes, and with events below them."""
 
 import dataclasses
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from .figures import shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,6 +17,9 @@ __all__ = ["ClipExample", "TagExample", "clips_figure", "tags_figure"]
 _INK, _QUIET, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
 _BLUE, _PALE_BLUE, _ORANGE = "#2563a8", "#b9cfe6", "#d9730d"
 _MAX_COLUMNS = 4
+# Letters of a class or a name over a spectrogram, of a path over a whole picture, and of a heading
+# on an inch.
+_MAX_CLASS, _MAX_NAME, _MAX_PATH, _TITLE_LETTERS_PER_INCH = 12, 36, 80, 9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,16 +81,21 @@ def clips_figure(examples: list[ClipExample], *, title: str) -> "Figure":
     examples = sorted(examples, key=lambda example: example.true)
     columns = min(_MAX_COLUMNS, len(examples))
     rows = -(-len(examples) // columns)
-    figure = Figure(figsize=(2.9 * columns + 0.3, 2.05 * rows + 0.7), layout="constrained")
+    width = 2.9 * columns + 0.3
+    figure = Figure(figsize=(width, 2.05 * rows + 0.7), layout="constrained")
+    title = textwrap.fill(title, int(width * _TITLE_LETTERS_PER_INCH))
     figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold", color=_INK)
     grid = figure.subplots(rows, columns, squeeze=False).flat
     for axes, example in zip(grid, examples, strict=False):
         _draw_spectrogram(axes, example.log_mel, example.seconds)
         is_right = example.true == example.predicted
-        verdict = f"{example.predicted} {example.probability:.0%}"
-        text = verdict if is_right else f"{verdict}, is {example.true}"
-        axes.set_title(text, loc="left", fontsize=10, pad=14, color=_BLUE if is_right else _ORANGE)
-        name = Path(example.name).stem
+        true, predicted = (
+            shortened(name, _MAX_CLASS) for name in (example.true, example.predicted)
+        )
+        verdict = f"{predicted} {example.probability:.0%}"
+        text = verdict if is_right else f"{verdict}, is {true}"
+        axes.set_title(text, loc="left", fontsize=9, pad=14, color=_BLUE if is_right else _ORANGE)
+        name = shortened(Path(example.name).stem, _MAX_NAME)
         axes.text(0, 1.03, name, transform=axes.transAxes, fontsize=7.5, color=_QUIET)
     for axes in grid[len(examples) :]:
         axes.set_visible(False)
@@ -105,7 +116,7 @@ def tags_figure(example: TagExample) -> "Figure":
 
     number = len(example.class_names)
     figure = Figure(figsize=(12, 3.2 + 0.34 * number), layout="constrained")
-    title = f"What is heard when: {example.name}"
+    title = f"What is heard when: {shortened(example.name, _MAX_PATH)}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=_INK)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 0.34 * number + 0.4])
     _draw_spectrogram(above, example.log_mel, example.seconds)
@@ -123,7 +134,7 @@ def tags_figure(example: TagExample) -> "Figure":
             color = _BLUE if is_right else _ORANGE
             below.broken_barh([(place * frame, frame)], (row - 0.16, 0.32), color=color, lw=0)
     below.set_ylim(number - 0.45, -0.55)
-    below.set_yticks(range(number), example.class_names)
+    below.set_yticks(range(number), [shortened(name) for name in example.class_names])
     below.set_xlim(0, example.seconds)
     below.set_xlabel("seconds", color=_QUIET)
     below.grid(axis="x", color=_GRID)

@@ -105,7 +105,7 @@ def _recording(parts: Any, class_names: tuple[str, ...]) -> Recording:
     else:
         try:
             known = json.loads(_text(parts.first("cls", "txt", "json")))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"its json is none: {error}") from error
     if not isinstance(known, dict):
         raise ValueError(f"its json must be an object, got {known!r}"[:200])
@@ -115,6 +115,8 @@ def _recording(parts: Any, class_names: tuple[str, ...]) -> Recording:
         if number >= len(class_names):
             raise ValueError(f"there are {len(class_names)} classes, got the class {number}")
         label = class_names[number]
+    if not isinstance(known.get("transcript"), str | None):
+        raise ValueError(f"its transcript must be text, got {known['transcript']!r}"[:200])
     if label is None and known.get("transcript") is None and known.get("events") is None:
         raise ValueError("it has no label, no transcript and no events")
     return Recording(
@@ -128,12 +130,19 @@ def _recording(parts: Any, class_names: tuple[str, ...]) -> Recording:
 
 def _events(rows: Any) -> tuple[Event, ...]:
     try:
-        return tuple(
+        events = tuple(
             Event(tag=str(row["tag"]), start=float(row["start"]), end=float(row["end"]))
             for row in rows
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"events need tag, start and end, got {rows!r}"[:200]) from error
+    for event in events:
+        if not 0 <= event.start < event.end < math.inf:
+            raise ValueError(
+                "an event needs seconds, 0 or more, with its start before its end, got "
+                f"{event.start} and {event.end} for {event.tag!r}"
+            )
+    return events
 
 
 def _text(part: bytes) -> str:

@@ -9,13 +9,14 @@
 row is in; other columns are ignored.
 """
 
-import csv
 import dataclasses
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from .csv_rows import read_csv
 
 __all__ = ["Row", "read_table"]
 
@@ -62,25 +63,23 @@ def read_table(path: Path) -> list[Row]:
     read = _csv_rows if path.suffix.lower() == ".csv" else _jsonl_rows
     try:
         return [_row(values, f"line {number} of {path}") for number, values in read(path)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the table {path}: {error}") from error
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, restval="")
-        for values in reader:
-            yield reader.line_num, values
+    for number, values in read_csv(path):
+        yield number, {name: value or "" for name, value in values.items()}
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 values = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"line {number} of {path} must be JSON: {error}.") from error
             if not isinstance(values, dict):
                 raise ValueError(

@@ -24,7 +24,7 @@ __all__ = ["CaptionReport", "captions_figure"]
 
 _INK, _QUIET, _RIGHT = "#1f2933", "#7b8794", "#2f7d4f"
 _COLUMNS = 6
-_LETTERS_PER_INCH = 11
+_LETTERS_PER_INCH, _TITLE_LETTERS_PER_INCH = 11, 9
 
 
 class CaptionReport(RunClock):
@@ -60,11 +60,13 @@ class CaptionReport(RunClock):
             return
         split: Literal["val", "test"] = "test" if trainer.datamodule.has_test else "val"
         scores, shown, texts = self._evaluate(trainer, pl_module, split)
-        if not scores.figures():
-            print("No report: nothing is held out for validation or test.")
-        elif trainer.is_global_zero:
+        if not trainer.is_global_zero:
+            return
+        if scores.figures():
             text_only = self._text_only(trainer, pl_module, texts)
             self._write(trainer, split, scores, text_only, shown)
+        else:
+            print("No report: nothing is held out for validation or test that can be read.")
 
     def _evaluate(
         self, trainer: L.Trainer, task: Any, split: Literal["val", "test"]
@@ -151,7 +153,7 @@ def captions_figure(shown: Sequence[tuple[Tensor, str, str]], *, title: str) -> 
     figure = Figure(figsize=(columns * side, rows * (side + 0.7) + 0.6), layout="constrained")
     heading = f"{title}: images that were held out, their captions, and what the model wrote"
     figure.suptitle(
-        textwrap.fill(heading, columns * width),
+        textwrap.fill(heading, int(columns * side * _TITLE_LETTERS_PER_INCH)),
         **{"x": 0.01, "ha": "left", "fontsize": 12, "fontweight": "bold", "color": _INK},
     )
     all_axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
@@ -162,11 +164,16 @@ def captions_figure(shown: Sequence[tuple[Tensor, str, str]], *, title: str) -> 
         colour = _RIGHT if true == written else _INK
         style = {"transform": axes.transAxes, "ha": "center", "va": "top", "fontsize": 7.5}
         style |= {"parse_math": False}
-        above = textwrap.shorten(true, 2 * width, placeholder=" …")
-        axes.set_title(textwrap.fill(above, width), fontsize=7.5, color=_QUIET, parse_math=False)
-        below = textwrap.shorten(written or "(nothing)", 3 * width, placeholder=" …")
-        axes.text(0.5, -0.02, textwrap.fill(below, width), color=colour, **style)
+        above = _wrapped(true, width, lines=2)
+        axes.set_title(above, fontsize=7.5, color=_QUIET, parse_math=False)
+        below = _wrapped(written or "(nothing)", width, lines=3)
+        axes.text(0.5, -0.02, below, color=colour, **style)
     return figure
+
+
+def _wrapped(text: str, letters: int, *, lines: int) -> str:
+    """Breaks words, too: some writing has no spaces."""
+    return "\n".join(textwrap.wrap(text, letters, max_lines=lines, placeholder=" …"))
 
 
 def _texts(task: Any, batch: dict[str, Any]) -> list[list[int]]:

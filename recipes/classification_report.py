@@ -38,10 +38,12 @@ class ClassificationReport(RunClock):
         if trainer.fast_dev_run:
             return
         split = evaluate_test(trainer, pl_module)
-        if split not in pl_module.confusions:
-            print("No report: nothing is held out for the test, and there was no validation.")
-        elif trainer.is_global_zero:
+        if not trainer.is_global_zero:
+            return
+        if split in pl_module.confusions:
             self._write(trainer, pl_module, split)
+        else:
+            print("No report: nothing is held out for validation or test that can be read.")
 
     def _write(self, trainer: L.Trainer, task: ClassificationTask, split: str) -> None:
         folder = Path(trainer.default_root_dir)

@@ -11,6 +11,7 @@
 """
 
 import contextlib
+import io
 import linecache
 import logging
 import re
@@ -62,6 +63,9 @@ def run(
         data: Its data module.
         args: Arguments; None takes those of the process.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A name or caption that a terminal has no letters for is no reason to stop.
+        sys.stdout.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         _quieten()
         try:

@@ -14,7 +14,14 @@ from longnet_zoo.plot import DOTS_PER_INCH, plot_pattern
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["confusion_figure", "curves_figure", "log_examples", "log_figure", "pattern_figure"]
+__all__ = [
+    "confusion_figure",
+    "curves_figure",
+    "log_examples",
+    "log_figure",
+    "pattern_figure",
+    "shortened",
+]
 
 _INK, _QUIET, _GRID, _LINE = "#1f2933", "#7b8794", "#e4e7eb", "#ffffff"
 _BLUE, _PALE_BLUE, _ORANGE = "#2563a8", "#b9cfe6", "#d9730d"
@@ -63,7 +70,7 @@ def confusion_figure(
     axes = figure.subplots()
     image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     font_size = min(10.0, 72 * side / number * 0.7)
-    names = [_shortened(name) for name in class_names]
+    names = [shortened(name) for name in class_names]
     is_wide = max(map(len, names)) > 5
     # A label that is turned ends at its cell.
     turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if is_wide else {}
@@ -95,12 +102,12 @@ def confusion_figure(
     return figure
 
 
-def _shortened(name: str) -> str:
-    """Cuts the middle out of a long name, as names that begin alike are common."""
-    if len(name) <= _MAX_NAME:
+def shortened(name: str, letters: int = _MAX_NAME) -> str:
+    """Cuts the middle out of a name of more letters, as names that begin alike are common."""
+    if len(name) <= letters:
         return name
-    end = (_MAX_NAME - 1) // 2
-    return f"{name[: _MAX_NAME - 1 - end]}…{name[-end:]}"
+    end = (letters - 1) // 2
+    return f"{name[: letters - 1 - end]}…{name[-end:]}"
 
 
 def _write_cells(axes: Any, counts: Tensor, shares: Tensor, *, cell: float) -> None:
@@ -215,6 +222,7 @@ def log_figure(trainer: L.Trainer, name: str, figure: "Figure") -> None:
     folder = Path(trainer.default_root_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.png"
+    _take_literally(figure)
     figure.savefig(path, dpi=DOTS_PER_INCH)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -235,3 +243,16 @@ def log_examples(trainer: L.Trainer, split: str, figure: "Figure") -> None:
     log_figure(trainer, name, figure)
     if trainer.is_global_zero and not trainer.fast_dev_run:
         print(f"Examples     {Path(trainer.default_root_dir) / name}.png")
+
+
+def _take_literally(figure: "Figure") -> None:
+    """Makes all texts plain: names and captions are the data's, which no picture may stop at.
+
+    Otherwise two dollar signs begin a formula, which as a rule is an error, and so is a byte in the
+    name of a file that is no UTF-8.
+    """
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_text(text.get_text().encode(errors="replace").decode())

@@ -5,8 +5,7 @@ r"""Trains an image-text model: pictures and sentences in one space.
     python -m recipes.image_text predict --config configs/image_text/quickstart.yaml \
         --data.queries '["a bell", "arrow to the left"]'
 
-Every option: `python -m recipes.image_text fit --help`. Shapes: b batch, n pairs, d channels of a
-feature.
+Every option: `python -m recipes.image_text fit --help`. Shapes: b batch, n pairs, d channels.
 """
 
 import dataclasses
@@ -109,7 +108,13 @@ class ImageTextMatcher(L.LightningModule):
         return self.optimization.build(self.model, run_steps=run_steps(self.trainer))
 
     def setup(self, stage: str) -> None:
-        """Compares each pair with those of all processes."""
+        """Compares each pair with those of all processes; refuses a folder without queries."""
+        data = self.trainer.datamodule
+        if stage == "predict" and data.predict_source is not None and not data.queries:
+            raise ValueError(
+                "images without captions are found by sentences, got predict_source="
+                f"{data.predict_source!r} and queries={data.queries}. Pass data.queries."
+            )
         if self.trainer.world_size > 1:
             self.model.contrastive_loss_op = ParallelContrastiveLoss(dist.group.WORLD)
 

@@ -15,6 +15,7 @@ __all__ = ["ShownPair", "find_pairs", "retrieval_figure"]
 _INK, _QUIET, _LINE, _RIGHT = "#1f2933", "#7b8794", "#d3d9e0", "#2f9e5b"
 # Inches of an image, of its caption and of the sentence.
 _SIDE, _CAPTION, _SENTENCE, _GAP = 1.05, 0.3, 2.5, 0.18
+_MIN_COLUMNS = 4
 _MAX_SIDE = 256  # pixels of an image that are kept
 
 
@@ -85,7 +86,8 @@ def retrieval_figure(
     """
     from matplotlib.figure import Figure
 
-    columns = max(map(len, rows))
+    # Room for the heading where few images are searched.
+    columns = max(_MIN_COLUMNS, *map(len, rows))
     pitch = _SIDE + _CAPTION + _GAP
     width = _SENTENCE + columns * (_SIDE + _GAP) + _GAP
     height = len(queries) * pitch + 0.75

@@ -54,7 +54,8 @@ class ImageTextReport(RunClock):
             _evaluate_test(trainer, pl_module)
         split: Literal["val", "test"] = "test" if "test" in pl_module.galleries else "val"
         if split not in pl_module.galleries:
-            print("No report: nothing is held out for the test, and there was no validation.")
+            if trainer.is_global_zero:
+                print("No report: nothing is held out for validation or test that can be read.")
             return
         gallery = pl_module.galleries[split]
         was_training = pl_module.training

@@ -45,7 +45,7 @@ class PairDecoder:
             ValueError: A part is missing, or is not what it should be.
             OSError: The image cannot be read.
         """
-        content = sample.first(*_IMAGES, self.columns.image)
+        content = sample.file(*_IMAGES, self.columns.image)
         caption = self._caption(sample).strip()
         if not caption:
             raise ValueError("its caption is empty")
@@ -60,7 +60,10 @@ class PairDecoder:
         if "txt" in sample:
             # Not UTF-8 is a ValueError, too.
             return found.decode("utf-8")
-        record = json.loads(found) if "json" in sample else {key: found}
+        try:
+            record = json.loads(found) if "json" in sample else {key: found}
+        except RecursionError as error:
+            raise ValueError(f"its json is none: {error}") from error
         caption = record.get(key) if isinstance(record, dict) else None
         if not isinstance(caption, str):
             raise ValueError(f"it needs text under {key!r}, got {record!r}"[:200])

@@ -5,7 +5,6 @@ like in training is drawn by the generator that `read` gets, so it is a pure fun
 """
 
 import collections
-import csv
 import dataclasses
 import functools
 import json
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .classification_metrics import UNLABELLED
+from .csv_rows import read_csv
 from .icons import Icon, load_icons, render_icon, split_icons
 from .image_files import find_images, read_image
 from .text_corpus import split_of
@@ -290,7 +290,7 @@ def load_table(
     rows: dict[Split, list[int]] = {split: [] for split in get_args(Split)}
     for row, record in records.items():
         split = record.get(columns.split) or split_of(record[columns.image], **fractions)
-        if split not in rows:
+        if not isinstance(split, str) or split not in rows:
             raise ValueError(
                 f"a split is one of {', '.join(rows)}, got {split!r} in row {row} of {table}."
             )
@@ -324,16 +324,10 @@ def _find_table(source: Path) -> Path:
 
 
 def _read_csv(table: Path) -> dict[int, dict[str, str]]:
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            return {
-                row: {key: value or "" for key, value in record.items() if key is not None}
-                for row, record in enumerate(csv.DictReader(file), 1)
-            }
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(
-            f"a table must be readable as UTF-8, got {error} in {table}. Save it as such."
-        ) from error
+    return {
+        row: {key: value or "" for key, value in record.items()}
+        for row, (_, record) in enumerate(read_csv(table), 1)
+    }
 
 
 def _read_jsonl(table: Path) -> dict[int, dict[str, Any]]:
@@ -343,7 +337,7 @@ def _read_jsonl(table: Path) -> dict[int, dict[str, Any]]:
             continue
         try:
             records[row] = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"each row must be a JSON object, got {error} in row {row} of {table}."
             ) from error

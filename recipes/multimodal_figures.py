@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .figures import shortened
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -14,6 +16,9 @@ __all__ = ["SceneExample", "scenes_figure"]
 _INK, _QUIET, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
 # Told apart with any kind of colour vision (after Okabe and Ito, 2008).
 _HUES = ("#0b6fb8", "#e08a00", "#00916e", "#c0508f", "#7a5bd0", "#a8641c")
+# Letters of a line of a legend, of a question, a class, a modality, and of all families of a scene.
+_MAX_LEGEND = 84
+_MAX_QUESTION, _MAX_CLASS, _MAX_MODALITY, _MAX_FAMILIES = 40, 16, 10, 90
 _RIGHT, _WRONG = "#00916e", "#c0392b"
 
 
@@ -79,10 +84,12 @@ def scenes_figure(examples: Sequence[SceneExample], *, title: str) -> "Figure":
 
 def _draw_strip(axes: Any, example: SceneExample) -> None:
     is_right = example.true == example.predicted
-    answer = f"{example.predicted} ({example.probability:.0%})"
-    truth = "" if is_right else f", but it is {example.true}"
+    true, predicted = (shortened(name, _MAX_CLASS) for name in (example.true, example.predicted))
+    answer = f"{predicted} ({example.probability:.0%})"
+    truth = "" if is_right else f", but it is {true}"
     color = _RIGHT if is_right else _WRONG
-    asked = f"“{example.question}”  →  " if example.question else "→  "
+    question = shortened(" ".join(example.question.split()), _MAX_QUESTION)
+    asked = f"“{question}”  →  " if question else "→  "
     axes.set_title(f"{asked}{answer}{truth}", loc="left", fontsize=10, color=color)
     if example.frames is not None:
         for place, frame in enumerate(example.frames):
@@ -90,13 +97,14 @@ def _draw_strip(axes: Any, example: SceneExample) -> None:
             # About square on paper.
             half = min(0.45 * example.moment_seconds, 0.055 * example.seconds)
             middle = start + example.moment_seconds / 2
-            picture = frame.permute(1, 2, 0).numpy()
+            picture = frame.permute(1, 2, 0).numpy() / 255
             picture = picture[..., 0] if picture.shape[-1] == 1 else picture
             box = (middle - half, middle + half, 0, 1)
-            axes.imshow(picture, extent=box, cmap="gray", aspect="auto", vmin=0, vmax=255)
+            axes.imshow(picture, extent=box, cmap="gray", aspect="auto", vmin=0, vmax=1)
     for place, family in enumerate(example.families):
         middle = (place + 0.5) * example.moment_seconds
-        axes.text(middle, -0.08, family, ha="center", va="top", fontsize=8, color=_QUIET)
+        name = shortened(family, max(4, _MAX_FAMILIES // len(example.families)))
+        axes.text(middle, -0.08, name, ha="center", va="top", fontsize=8, color=_QUIET)
     axes.set_ylim(-0.02, 1.02)
     _bare(axes, example)
 
@@ -129,10 +137,12 @@ def _draw_over_time(axes: Any, example: SceneExample) -> None:
                 marker=marker,
                 markersize=3,
                 linewidth=1.2,
-                label=f"{name} → {key}",
+                label=f"{shortened(name, _MAX_MODALITY)} → {shortened(key, _MAX_MODALITY)}",
             )
     if axes.lines:
-        axes.legend(fontsize=6.5, frameon=False, ncols=6, loc="upper center")
+        letters = max(len(str(line.get_label())) for line in axes.lines)
+        columns = max(1, min(6, _MAX_LEGEND // letters))
+        axes.legend(fontsize=6.5, frameon=False, ncols=columns, loc="upper center")
     axes.set_ylim(0, 1.45)
     axes.set_ylabel("attention to\n(of its most)", fontsize=8, color=_QUIET)
     axes.set_xlabel("seconds", fontsize=8, color=_QUIET)
@@ -151,8 +161,9 @@ def _draw_shares(axes: Any, example: SceneExample) -> None:
         for column, share in enumerate(own):
             color = "white" if share > 0.55 else _INK
             axes.text(column, row, f"{share:.0%}", ha="center", va="center", color=color)
-    axes.set_xticks(range(len(names)), names, fontsize=8)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    ticks = [shortened(name, _MAX_MODALITY) for name in names]
+    axes.set_xticks(range(len(names)), ticks, fontsize=8)
+    axes.set_yticks(range(len(names)), ticks, fontsize=8)
     axes.set_xlabel("attends to", fontsize=8, color=_QUIET)
     axes.set_title("Share of the attention", loc="left", fontsize=9, color=_INK)
     axes.tick_params(length=0, colors=_INK)

@@ -60,14 +60,16 @@ class SceneDecoder:
         has_sound = self.sample_rate is not None and any(name in sample for name in _SOUNDS)
         question = sample.get("txt")
         question = question.decode() if isinstance(question, bytes) else question
+        if not isinstance(question, str | None):
+            raise ValueError(f"its question must be text, got {question!r}"[:200])
         if not (has_picture or has_sound or question):
             raise ValueError(f"it needs one of {', '.join((*_PICTURES, *_SOUNDS, 'txt'))}")
         waveform = None
         if has_sound and self.sample_rate is not None:
-            waveform = read_audio(sample.first(*_SOUNDS), sample_rate=self.sample_rate)
+            waveform = read_audio(sample.file(*_SOUNDS), sample_rate=self.sample_rate)
         return {
             "scene": Scene(
-                frames=self._frames(sample.first(*_PICTURES)) if has_picture else None,
+                frames=self._frames(sample.file(*_PICTURES)) if has_picture else None,
                 waveform=waveform,
                 question=question or None,
                 label=self._label(text.strip()),

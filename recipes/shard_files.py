@@ -45,6 +45,19 @@ class Sample(dict[str, Any]):
         """
         return self[next((name for name in names if name in self), " or ".join(names))]
 
+    def file(self, *names: str) -> bytes:
+        """Returns the first part that is there, the content of a file.
+
+        Raises:
+            ValueError: None of them is there, or it is no such content, but a path, for instance.
+        """
+        found = self.first(*names)
+        if not isinstance(found, bytes):
+            raise ValueError(
+                f"it needs the bytes of a file under {' or '.join(names)!r}, got {found!r}"[:200]
+            )
+        return found
+
 
 class Problem(NamedTuple):
     """A sample that cannot be read, although those behind it can."""

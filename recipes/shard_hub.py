@@ -63,7 +63,7 @@ class HubSource:
             elif isinstance(feature, datasets.Audio):
                 data = data.cast_column(column, datasets.Audio(decode=False))
         self._data = data
-        self.shards: Sequence[str] = [
+        self.shards: Sequence[str] = _files(data) or [
             f"{path} {split} shard {shard}" for shard in range(data.num_shards)
         ]
 
@@ -101,6 +101,15 @@ class HubSource:
                 yield {key: values[0] for key, values in batch.items()}
         except Exception as error:
             raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _files(data: Any) -> list[str]:
+    """Returns the file of each shard, for the log; nothing where `datasets` does not tell."""
+    options = getattr(getattr(data, "_ex_iterable", None), "kwargs", {})
+    # Parquet has the first, lines of JSON have the others.
+    found = options.get("files", options.get("original_files", options.get("base_files")))
+    is_known = isinstance(found, list) and len(found) == data.num_shards
+    return [str(name) for name in found] if is_known else []
 
 
 def _content(value: Any) -> Any:

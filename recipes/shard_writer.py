@@ -13,7 +13,6 @@ In a folder, files with the same path up to the first dot of their name are one 
 """
 
 import contextlib
-import csv
 import functools
 import io
 import json
@@ -27,6 +26,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from recipes.cli import report_error
+from recipes.csv_rows import read_csv
 from recipes.loader import OnError, fair_order
 from recipes.shard_files import Problem, split_name
 from recipes.shard_hub import HubSource
@@ -265,13 +265,13 @@ def _records(path: Path) -> Iterator[dict[str, Any] | Problem]:
     if kind == ".parquet":
         yield from _parquet_records(path)
         return
+    if kind != ".jsonl":
+        yield from (row for _, row in read_csv(path, delimiter="\t" if kind == ".tsv" else ","))
+        return
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if kind == ".jsonl":
-                yield from (_parse(line) for line in file if not line.isspace())
-            else:
-                yield from csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")
-    except (csv.Error, UnicodeDecodeError) as error:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from (_parse(line) for line in file if not line.isspace())
+    except UnicodeDecodeError as error:
         raise ValueError(
             f"a {kind} table must be readable as UTF-8, got {path}: {error}. Save it as such."
         ) from error

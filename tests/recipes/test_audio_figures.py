@@ -29,6 +29,31 @@ def test_clips_show_class_prediction_and_probability():
     assert figure._suptitle.get_text() == "Held out"
 
 
+def test_long_names_keep_apart_and_leave_room_for_the_spectrograms():
+    name = "acoustic_guitar_in_a_large_hall"
+    long = dataclasses.replace(CLIP, name=f"a/{name * 3}.ogg", true=name, predicted=name[::-1])
+    figure = clips_figure([long] * 5, title="Held out: " + "word " * 20)
+    figure.canvas.draw()
+    first, second = (axes.get_window_extent() for axes in figure.axes[:2])
+    assert first.width > 200
+    for text in (figure.axes[0]._left_title, *figure.axes[0].texts):
+        assert text.get_window_extent().x1 < second.x0
+    assert figure._suptitle.get_window_extent().x1 < figure.bbox.x1
+
+
+def test_a_long_path_does_not_leave_the_picture():
+    options = {"log_mel": torch.randn(40, 16), "seconds": 2.0, "events": [], "threshold": 0.5}
+    names = ("acoustic_guitar_in_a_large_hall" * 2, "b")
+    example = TagExample(
+        name="folder/" * 40 + "a.wav", class_names=names, probabilities=torch.rand(9, 2), **options
+    )
+    figure = tags_figure(example)
+    figure.canvas.draw()
+    assert figure._suptitle.get_window_extent().x1 < figure.bbox.x1
+    assert figure._suptitle.get_text().endswith("a.wav")
+    assert figure.axes[1].get_window_extent().width > 800
+
+
 def test_tags_show_what_is_heard_and_what_is_found():
     probabilities = torch.zeros(20, 2)
     probabilities[5:10, 0] = 0.8

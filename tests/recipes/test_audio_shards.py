@@ -116,6 +116,16 @@ def test_window_is_the_front_or_in_training_drawn():
         ({"json": b'{"events": [{"tag": "low"}]}'}, "events need tag, start and end"),
         ({"txt": b"hi", "long": b""}, "may have 0.5 seconds, got 1.0"),
         ({"json": b"7"}, "its json must be an object, got 7"),
+        ({"json": b"[" * 100_000}, "its json is none: maximum recursion depth"),
+        ({"json": b'{"label": "low", "transcript": 5}'}, "its transcript must be text, got 5"),
+        (
+            {"json": b'{"events": [{"tag": "low", "start": NaN, "end": 1}]}'},
+            "its start before its end, got nan and 1.0 for 'low'",
+        ),
+        (
+            {"json": b'{"events": [{"tag": "low", "start": 0.4, "end": 0.1}]}'},
+            "its start before its end, got 0.4 and 0.1 for 'low'",
+        ),
         ({}, "it has no"),
     ],
 )

@@ -197,6 +197,15 @@ def test_report_without_held_out_pairs(folder, tmp_path, capsys):
     assert not (tmp_path / "run" / "captions.png").exists()
 
 
+def test_report_where_no_held_out_pair_can_be_read(folder, tmp_path, capsys):
+    for line in (folder / "pairs.csv").read_text().splitlines():
+        if line.endswith((",val", ",test")):
+            (folder / line.split(",")[0]).write_bytes(b"")
+    main(["fit", *arguments(folder, tmp_path / "run", trainer__max_steps=2), *REPORT])
+    out = capsys.readouterr().out
+    assert "No report: nothing is held out for validation or test that can be read." in out
+
+
 def test_report_of_validation_and_without_counting(folder, tmp_path):
     table = (folder / "pairs.csv").read_text().replace(",test", ",val")
     (folder / "pairs.csv").write_text(table)
@@ -216,6 +225,10 @@ def test_figure_shows_images_and_both_captions():
     assert texts[:2] == [["a $red bell", "a $blue bell"], ["x", "x"]]
     assert texts[2][0].endswith("…")
     assert texts[2][1] == "(nothing)"
+    # Some writing has no spaces.
+    (axes,) = captions_figure([(torch.rand(4, 4, 3), "z" * 99, "")], title="Title").axes
+    assert axes.get_title().startswith("zzz")
+    assert axes.get_title().endswith("…")
     colours = [axes.texts[0].get_color() for axes in figure.axes]
     assert colours[0] != colours[1]
     assert figure.get_suptitle().startswith("Title: images that were held out")

@@ -1,6 +1,7 @@
 """What the command line promises: settings that win, errors one can read, runs one can repeat."""
 
 import inspect
+import io
 import os
 import signal
 import subprocess
@@ -337,6 +338,14 @@ def test_nothing_but_facts_is_printed(corpus, tmp_path, capfd, caplog):
     assert "step 1/2  train 8." in printed
     for noise in ("Tip", "GPU available", "TPU", "num_workers", "Seed set", "deprecated"):
         assert noise not in printed
+
+
+def test_a_name_that_the_terminal_cannot_show_stops_nothing(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with pytest.raises(SystemExit):
+        main(["test", "--help"])
+    print("\udce9 é", file=terminal)
 
 
 def test_an_interrupted_run_says_how_to_go_on(corpus, tmp_path, monkeypatch, capsys):

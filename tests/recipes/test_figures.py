@@ -143,6 +143,17 @@ def test_nothing_is_written_elsewhere(tmp_path, change):
     assert not (tmp_path / "run").exists()
 
 
+def test_names_are_drawn_as_they_are_written(tmp_path):
+    """Two dollar signs are no formula, and a byte that is no UTF-8 in a file's name no error."""
+    figure = confusion_figure(COUNTS, ("a$^$", r"$\oops$", "c"), title="costs $_$")
+    figure.axes[0].set_title("rec\udce9.wav")
+    state = {"is_global_zero": True, "fast_dev_run": False, "default_root_dir": tmp_path}
+    log_figure(SimpleNamespace(loggers=[], **state), "confusion", figure)
+    assert (tmp_path / "confusion.png").is_file()
+    assert next(label.get_text() for label in figure.axes[0].get_xticklabels()) == "a$^$"
+    assert figure.axes[0].get_title() == "rec?.wav"
+
+
 def test_no_figure_is_kept_by_pyplot():
     confusion_figure(COUNTS, NAMES)
     pattern_figure(lz.model_info("longvit_tiny_patch8_64").config)

@@ -105,7 +105,11 @@ def test_what_is_skipped_is_counted_and_nothing_to_search_is_said(folder, tmp_pa
     options = arguments(damaged, run_dir, trainer__max_epochs=1, **held_out)
     main(["fit", *options])
     assert "skipped 2 of 50 pairs in training; the log says which" in capsys.readouterr().out
-    main(["predict", *options, f"--data.predict_source={damaged / '06.png'}"])
+    search = ["predict", *options, f"--data.predict_source={damaged / '06.png'}"]
+    with pytest.raises(SystemExit):
+        main(search)
+    assert "found by sentences, got predict_source='" in capsys.readouterr().err
+    main([*search, '--data.queries=["red"]'])
     out = capsys.readouterr().out
     assert "Nothing to search: no image could be read." in out
     assert "skipped 1 of 1 pairs in prediction; the log says which" in out

@@ -73,6 +73,12 @@ def test_figure_has_a_row_for_each_sentence_and_frames_what_is_right():
         assert one.images[0].get_array().shape == tuple(shown.pixels.shape)
 
 
+def test_heading_and_note_keep_apart_where_few_images_are_searched():
+    figure = retrieval_figure(["a"], [[pair("b")]], is_right=[[True]])
+    heading, note = (text.get_window_extent() for text in figure.texts[:2])
+    assert heading.x1 < note.x0
+
+
 def test_nothing_is_framed_where_nobody_knows_what_is_right():
     figure = retrieval_figure(["a"], [[pair("b"), pair("c")]])
     assert not any("green" in text.get_text() for text in figure.texts)

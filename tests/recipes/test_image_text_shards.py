@@ -91,6 +91,8 @@ DAMAGED = {
     "empty caption": ({**IMAGE, "txt": b" \n"}, "its caption is empty"),
     "no text": ({**IMAGE, "txt": b"\xff\xfe"}, "codec can't decode"),
     "json without it": ({**IMAGE, "json": b'{"a": 1}'}, "it needs text under 'caption', got"),
+    "path for image": ({"image": "a.png", "caption": "a"}, "needs the bytes .* got 'a.png'"),
+    "deep json": ({**IMAGE, "json": b"[" * 100_000}, "its json is none: maximum recursion"),
     "no json": ({**IMAGE, "json": b"{"}, "Expecting property name"),
     "truncated image": ({"png": png("red", 0)[:300], "txt": b"a"}, "cannot read its image"),
     "large image": ({**IMAGE, "txt": b"a"}, "max_pixels=99 pixels, got 16 x 16 = 256 in its image"),

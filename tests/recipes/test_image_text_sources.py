@@ -158,6 +158,11 @@ def test_rows_without_a_class_have_none(tmp_path):
             '{"image": "a.png", "caption": "a", "split": "dev"}\n',
             "one of train, val, test, got 'dev' in row 1",
         ),
+        (
+            '{"image": "a.png", "caption": "a", "split": ["val"]}\n',
+            r"one of train, val, test, got \['val'\] in row 1",
+        ),
+        ("[" * 100_000, "must be a JSON object, got maximum recursion depth .* in row 1"),
     ],
 )
 def test_damaged_tables_are_refused_by_row(tmp_path, content, message):
@@ -170,7 +175,13 @@ def test_table_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "pairs.csv").write_bytes("image,caption\na.png,caf\xe9\n".encode("latin-1"))
     message = r"UTF-8, got .*byte 0xe9.* in .*pairs\.csv\. Save it as such"
     with pytest.raises(ValueError, match=message):
-        load_table(tmp_path, columns=TableColumns(), val_fraction=0, test_fraction=0, max_pixels=99)
+        table(tmp_path, columns=TableColumns())
+
+
+def test_a_caption_is_not_cut_at_a_comma(tmp_path):
+    (tmp_path / "pairs.csv").write_text("image,caption\na.png,a dog, running\n")
+    with pytest.raises(ValueError, match=r"got ' running' behind them in line 2 of .*pairs\.csv"):
+        table(tmp_path, columns=TableColumns())
 
 
 def test_what_is_no_table_is_refused(tmp_path):

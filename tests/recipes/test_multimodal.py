@@ -182,6 +182,30 @@ def test_picture_shows_strip_sound_question_answer_and_attention():
     assert f"{float(share):.0%}" in texts
 
 
+def test_picture_keeps_colours_and_has_room_for_long_names():
+    names = ("camera_of_the_left_eye", "microphone_of_the_room", "text")
+    frames = torch.full((2, 3, 8, 8), 51.0)
+    example = SceneExample(
+        frames=frames,
+        log_mel=torch.randn(20, 8),
+        seconds=2.0,
+        moment_seconds=1.0,
+        families=("ambience_of_a_town" * 3, "drum"),
+        question="What is seen while " + "somebody talks " * 20,
+        true="class" * 20,
+        predicted="other" * 20,
+        probability=0.7,
+        weights={(a, b): torch.rand(3, 4) for a in names for b in names},
+        times={name: torch.tensor([0.2, 0.4, 1.5, 1.7]) for name in names[:2]},
+    )
+    figure = scenes_figure([example], title="Scenes")
+    figure.canvas.draw()
+    strip, sound, *_ = figure.subfigs[0].subfigs[0].axes
+    assert torch.from_numpy(strip.images[0].get_array().data).eq(0.2).all()
+    assert sound.get_window_extent().width > figure.bbox.width / 2
+    assert strip._left_title.get_window_extent().x1 < figure.bbox.x1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

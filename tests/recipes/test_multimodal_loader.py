@@ -19,6 +19,7 @@ from recipes.classification_metrics import UNLABELLED
 from recipes.multimodal_loader import EvalScenes, SceneCollator, TrainScenes, pixels
 from recipes.multimodal_scenes import Scene
 from recipes.multimodal_shards import SceneCollate, SceneDecoder, filler_scene
+from recipes.shard_files import Sample
 from recipes.shard_writer import ShardWriter
 from recipes.shards import ShardEvalLoader, ShardLoader
 
@@ -207,3 +208,16 @@ def test_a_model_without_eyes_or_ears_reads_none():
     assert filler_scene(blind)["scene"].label == UNLABELLED
     with pytest.raises(ValueError, match="it needs one of"):
         blind({**SAMPLES["heard"], "__key__": "heard"})
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"png": "a.png"}, "needs the bytes of a file under 'png or .*', got 'a.png'"),
+        ({"wav": [0.1, 0.2]}, r"needs the bytes of a file under '.*wav.*', got \[0.1, 0.2\]"),
+        ({"txt": 5}, "its question must be text, got 5"),
+    ],
+)
+def test_columns_of_other_kinds_are_refused(parts, message):
+    with pytest.raises(ValueError, match=message):
+        DECODE(Sample(__key__="a", __url__="u", cls="cat", **parts))

@@ -1,5 +1,6 @@
 import io
 import json
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -7,6 +8,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+import recipes.shard_hub
 from recipes.shard_hub import HubSource
 from recipes.shards import ShardEvalLoader, ShardLoader
 from tests.recipes.shard_runs import collate, names, sample_names, take
@@ -69,8 +71,18 @@ def test_columns_are_the_parts_and_images_come_undecoded(parquet):
     assert [row["txt"] for row in rows] == ["1-1", "1-2"]
     assert [row["image"] for row in rows] == [png(11), png(12)]
     assert [row["__key__"] for row in rows] == ["1", "2"]
-    assert rows[0]["__url__"] == "parquet train shard 1"
+    # A log says which file.
+    assert rows[0]["__url__"] == str(parquet / "1.parquet")
     assert np.asarray(Image.open(io.BytesIO(rows[0]["image"])))[0, 0, 0] == 11
+
+
+def test_shards_have_numbers_where_nobody_tells_their_files(parquet, monkeypatch):
+    monkeypatch.setattr(recipes.shard_hub, "_files", lambda data: [])
+    assert source(parquet, "parquet").shards[1] == "parquet train shard 1"
+    monkeypatch.undo()
+    data = SimpleNamespace(num_shards=2, _ex_iterable=SimpleNamespace(kwargs={"files": ["a"]}))
+    assert recipes.shard_hub._files(data) == []
+    assert recipes.shard_hub._files(SimpleNamespace(num_shards=1)) == []
 
 
 def test_images_and_sounds_in_files_of_their_own_are_read(tmp_path):
@@ -138,7 +150,7 @@ def test_a_damaged_file_is_a_shard_that_cannot_be_read(kind, reason, request, ca
     assert batches[5][-1] == 1
     own = [r.message for r in caplog.records if r.name.startswith("recipes")]
     assert len(own) == 1
-    assert own[0].startswith(f"skipped: {kind} train shard 1, from its sample number 0 on: Arrow")
+    assert own[0].startswith(f"skipped: {path}, from its sample number 0 on: Arrow")
 
 
 def _readable(found, shard):
