@@ -265,8 +265,12 @@ class ImageTextDataModule(L.LightningDataModule):
     def _pair_loader(
         self, pairs: Pairs, *, is_shared: bool, limit: int | None = None
     ) -> EvalLoader:
+        encoder = self._encoder(is_training=False)
+        if isinstance(pairs, ImageFolder):
+            # Their captions are paths, of any length.
+            encoder = self._encoder(is_training=False, long_captions="truncate")
         return EvalLoader(
-            pair_source(pairs, self._encoder(is_training=False)),
+            pair_source(pairs, encoder),
             batch_size=self.eval_batch_size or self.batch_size,
             places=fair_order(len(pairs.names))[:limit],
             **self._loader_options(is_shared=is_shared),
@@ -280,7 +284,9 @@ class ImageTextDataModule(L.LightningDataModule):
             is_training=is_training,
         )
 
-    def _encoder(self, *, is_training: bool) -> PairEncoder:
+    def _encoder(
+        self, *, is_training: bool, long_captions: LongCaptions | None = None
+    ) -> PairEncoder:
         crop: dict[str, Any] = {}
         if is_training and self.source != "icons":
             crop = {"scale": self.crop_scale or _CROP_SCALE, "ratio": (1.0, 1.0), "hflip": 0.0}
@@ -288,7 +294,7 @@ class ImageTextDataModule(L.LightningDataModule):
         return PairEncoder(
             transform=create_transform(**self._resolved, **crop),
             tokenizer=self.batch_tokenizer,
-            long_captions=self.long_captions,
+            long_captions=long_captions or self.long_captions,
         )
 
     def _loader_options(self, *, is_shared: bool = True) -> dict[str, Any]:
