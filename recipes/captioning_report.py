@@ -66,7 +66,7 @@ class CaptionReport(RunClock):
             text_only = self._text_only(trainer, pl_module, texts)
             self._write(trainer, split, scores, text_only, shown)
         else:
-            print("No report: nothing is held out for validation or test that can be read.")
+            print("No report: nothing that is held out for validation or test has been read.")
 
     def _evaluate(
         self, trainer: L.Trainer, task: Any, split: Literal["val", "test"]

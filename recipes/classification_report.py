@@ -43,7 +43,7 @@ class ClassificationReport(RunClock):
         if split in pl_module.confusions:
             self._write(trainer, pl_module, split)
         else:
-            print("No report: nothing is held out for validation or test that can be read.")
+            print("No report: nothing that is held out for validation or test has been read.")
 
     def _write(self, trainer: L.Trainer, task: ClassificationTask, split: str) -> None:
         folder = Path(trainer.default_root_dir)

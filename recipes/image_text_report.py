@@ -55,7 +55,7 @@ class ImageTextReport(RunClock):
         split: Literal["val", "test"] = "test" if "test" in pl_module.galleries else "val"
         if split not in pl_module.galleries:
             if trainer.is_global_zero:
-                print("No report: nothing is held out for validation or test that can be read.")
+                print("No report: nothing that is held out for validation or test has been read.")
             return
         gallery = pl_module.galleries[split]
         was_training = pl_module.training

@@ -125,7 +125,7 @@ def own_masks(
     """
     check_known("padding_masks", masks, names)
     given = masks or {}
-    own = {name: mask for name in found if (mask := given.get(name)) is not None}
+    own = {name: mask for name, mask in given.items() if mask is not None and name in found}
     for name, mask in own.items():
         if mask.shape[:1] != found[name].shape[:1]:
             raise ValueError(

@@ -193,7 +193,7 @@ def test_report_without_held_out_pairs(folder, tmp_path, capsys):
     table = (folder / "pairs.csv").read_text().replace("val", "train").replace("test", "train")
     (folder / "pairs.csv").write_text(table)
     main(["fit", *arguments(folder, tmp_path / "run", trainer__max_steps=2), *REPORT])
-    assert "No report: nothing is held out" in capsys.readouterr().out
+    assert "No report: nothing that is held out" in capsys.readouterr().out
     assert not (tmp_path / "run" / "captions.png").exists()
 
 
@@ -203,7 +203,7 @@ def test_report_where_no_held_out_pair_can_be_read(folder, tmp_path, capsys):
             (folder / line.split(",")[0]).write_bytes(b"")
     main(["fit", *arguments(folder, tmp_path / "run", trainer__max_steps=2), *REPORT])
     out = capsys.readouterr().out
-    assert "No report: nothing is held out for validation or test that can be read." in out
+    assert "No report: nothing that is held out for validation or test has been read." in out
 
 
 def test_report_of_validation_and_without_counting(folder, tmp_path):

@@ -73,7 +73,7 @@ def test_nothing_held_out_gives_no_report(tmp_path, capsys):
     data = PointData()
     data.has_test = False
     fit(tmp_path, data, limit_val_batches=0)
-    assert "No report: nothing is held out" in capsys.readouterr().out
+    assert "No report: nothing that is held out" in capsys.readouterr().out
     assert not (tmp_path / "metrics.json").exists()
 
 

@@ -309,7 +309,8 @@ def test_without_a_test_the_report_is_of_the_validation(folder, tmp_path, capsys
     assert "validation pairs" in fit(module)
     metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert "val_recall@5" in metrics
-    assert "No report: nothing is held out" in fit(data(folder, test_fraction=0, val_fraction=0))
+    nothing = data(folder, test_fraction=0, val_fraction=0)
+    assert "No report: nothing that is held out" in fit(nothing)
     with pytest.raises(ValueError, match=r"the test needs pairs, .*test_fraction=0.0 and"):
         module.test_dataloader()
 
