@@ -95,14 +95,6 @@ def pairs_of_a_bias_are_refused():
         attend(q, k, v, zero, key_padding_mask=torch.tensor([[True, False, False, False]]))
 
 
-def triton_needs_parts_of_whole_segments():
-    q, k, v = torch.randn(3, 1, 6, 2, 16)
-    pattern = DilatedPattern(segment_lengths=(4,), dilation_rates=(1,))
-    with pytest.raises(NotImplementedError, match="parts of a multiple of the shorter segments"):
-        attend(q, k, v, pattern, backend="triton")
-
-
-POWERS = of_powers()
 # Patterns and lengths at which torchscale's sequence parallelism is off by 0.1 and more.
 SHORT = {"segment_lengths": (4, 16), "dilation_rates": (1, 2), "seq_len": 16}
 CASES = {
@@ -110,7 +102,6 @@ CASES = {
     "dropout": dropout,
     "dropout_differs_between_ranks": dropout_differs_between_ranks,
     "pairs_of_a_bias_are_refused": pairs_of_a_bias_are_refused,
-    "triton_needs_parts_of_whole_segments": triton_needs_parts_of_whole_segments,
     "own_keys_in_long_branches": case(of(**SHORT, is_causal=True)),
     "first_process_of_a_segment": case(
         of(segment_lengths=(4, 8), dilation_rates=(1, 2), seq_len=16, is_causal=True)
@@ -165,19 +156,6 @@ CASES = {
     "scale": case(of(scale=0.3)),
     "lse_gradient": case(of(is_causal=True), with_lse_grad=True),
     "math": case(of(is_causal=True), backend="math"),
-    # Parts as whole sequences of their own, by Triton's kernels in their interpreter.
-    "triton": case(POWERS, backend="triton"),
-    "triton_causal": case(of_powers(is_causal=True), backend="triton"),
-    "triton_alibi": case(of_powers(bias="alibi", is_causal=True), backend="triton"),
-    "triton_xpos": case(of_powers(xpos_scale_base=16.0, is_causal=True), backend="triton"),
-    "triton_padded": case(of_powers(batch=2, padding="random"), backend="triton"),
-    "triton_grouped_queries": case(
-        of_powers(num_heads=4, num_kv_heads=2, is_causal=True), backend="triton"
-    ),
-    "triton_lse_gradient": case(POWERS, backend="triton", with_lse_grad=True),
-    "triton_no_segment_is_cut": case(
-        of_powers(segment_lengths=(4, 8), dilation_rates=(1, 2)), backend="triton"
-    ),
     "float64": case(of(), dtype=torch.float64, tolerance={"atol": 1e-10, "rtol": 1e-10}),
     "bfloat16": case(of(is_causal=True), dtype=torch.bfloat16, tolerance=HALF),
 }

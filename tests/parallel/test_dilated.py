@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.parallel import triton_cases
 from tests.parallel.dilated_cases import CASES
 from tests.parallel.torchrun import check_case
 
@@ -11,3 +12,9 @@ from tests.parallel.torchrun import check_case
 @pytest.mark.parametrize("case", CASES)
 def test_parts_equal_the_whole(tmp_path_factory, case, world_size):
     check_case(tmp_path_factory, "tests.parallel.dilated_cases", world_size, case)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", triton_cases.CASES)
+def test_parts_by_triton_equal_the_whole(tmp_path_factory, case):
+    check_case(tmp_path_factory, "tests.parallel.triton_cases", 2, case)

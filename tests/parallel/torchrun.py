@@ -38,6 +38,7 @@ EVERY_SIZE = (
 TOGETHER = {
     2: (
         *EVERY_SIZE,
+        "tests.parallel.triton_cases",
         "tests.parallel.compile_cases",
         "tests.parallel.contrastive_cases",
         "tests.parallel.multimodal_cases",

@@ -21,6 +21,7 @@ from longnet_zoo.ops.kernels.triton_tuning import TILES
 from longnet_zoo.ops.pattern import DilatedPattern
 
 NESTED = DilatedPattern(segment_lengths=(16, 32), dilation_rates=(1, 2))
+DENSE = DilatedPattern(segment_lengths=(64,), dilation_rates=(1,))
 
 
 class Driver:
@@ -56,6 +57,12 @@ def attend(seq_len=64, num_heads=2, num_kv_heads=2, dtype=torch.bfloat16, patter
     out.sum().backward()
 
 
+def _keep_tiles(number):
+    for shapes_by_size in TILES.values():
+        for shapes in shapes_by_size.values():
+            del shapes[number:]
+
+
 def main():
     compiled = []
     run = JITFunction.run
@@ -72,12 +79,11 @@ def main():
         mock.patch.object(kernel, "supports", return_value=None),
         mock.patch.object(fused_softmax, "_BAND_PROGRAMMES", 1),
     ):
+        _keep_tiles(2)
         attend()
-        for shapes_by_size in TILES.values():  # one tile shape is enough for the others
-            for shapes in shapes_by_size.values():
-                del shapes[1:]
+        _keep_tiles(1)  # enough for the others
         attend(is_causal=True, num_heads=4)
-        attend(seq_len=1, num_heads=1, num_kv_heads=1, dtype=torch.float16)
+        attend(seq_len=1, num_heads=1, num_kv_heads=1, dtype=torch.float16, pattern=DENSE)
         attend(bias=lambda distances: -slopes * distances.abs(), key_padding_mask=mask)
         attend(pattern=DilatedPattern(segment_lengths=(16,), dilation_rates=(3,)))
         attend(dropout_p=0.3, dtype=torch.float32)
