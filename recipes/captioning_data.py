@@ -19,7 +19,7 @@ from .icons import COLOURS, STYLE_WORDS
 from .image_text_data import ImageTextDataModule
 from .image_text_loader import LongCaptions
 from .image_text_sources import ImageFolder, Pairs, Split, TableColumns
-from .loader import FixedLoader, OnError, fair_order
+from .loader import FixedLoader, OnError
 from .shard_sources import HeldOutShardConfig, is_sharded
 
 __all__ = ["CaptionDataModule", "DrawnPairs"]
@@ -127,12 +127,7 @@ class CaptionDataModule(ImageTextDataModule):
         if self.predict_source is None:
             return self.test_dataloader()
         folder = ImageFolder(self.predict_source, max_pixels=self.max_pixels)
-        names = list(folder.names)
-        # Where the loader's mixed order has each of them in its place.
-        for place, name in zip(fair_order(len(names)), folder.names, strict=True):
-            names[place] = name
-        folder.names = names
-        return self._pair_loader(folder, is_shared=True)
+        return self._pair_loader(folder, is_shared=True, places=range(len(folder.names)))
 
     def _load(self) -> None:
         super()._load()

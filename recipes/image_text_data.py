@@ -189,7 +189,9 @@ class ImageTextDataModule(L.LightningDataModule):
             is_shared: Whether all processes share the pairs; else this one gets them all.
         """
         if not is_sharded(self.source):
-            return self._pair_loader(self._pairs[split], limit=limit, is_shared=is_shared)
+            pairs = self._pairs[split]
+            places = fair_order(len(pairs.names))[:limit]
+            return self._pair_loader(pairs, is_shared=is_shared, places=places)
         decoder = self._decoder(is_training=False)
         return ShardEvalLoader(
             open_shards(self.source if split == "train" else getattr(self.shards, split)),
@@ -263,16 +265,14 @@ class ImageTextDataModule(L.LightningDataModule):
         return made
 
     def _pair_loader(
-        self, pairs: Pairs, *, is_shared: bool, limit: int | None = None
+        self, pairs: Pairs, *, is_shared: bool, places: Sequence[int] | None = None
     ) -> EvalLoader:
-        encoder = self._encoder(is_training=False)
-        if isinstance(pairs, ImageFolder):
-            # Their captions are paths, of any length.
-            encoder = self._encoder(is_training=False, long_captions="truncate")
+        # The captions of a folder are paths, of any length.
+        long_captions = "truncate" if isinstance(pairs, ImageFolder) else self.long_captions
         return EvalLoader(
-            pair_source(pairs, encoder),
+            pair_source(pairs, self._encoder(is_training=False, long_captions=long_captions)),
             batch_size=self.eval_batch_size or self.batch_size,
-            places=fair_order(len(pairs.names))[:limit],
+            places=places,
             **self._loader_options(is_shared=is_shared),
         )
 
