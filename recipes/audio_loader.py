@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .audio_samples import AudioSample
 from .loader import Batch
-from .sample_loader import SampleSource
+from .sample_loader import SampleSource, Seed
 
 __all__ = ["FILLER_SAMPLE", "AudioSamples", "audio_source", "collate"]
 
@@ -64,7 +64,7 @@ def collate(samples: Sequence[AudioSample], *, num_skipped: int = 0) -> Batch:
     }
 
 
-def _read(samples: AudioSamples, place: int, seed: tuple[int, ...] | None) -> AudioSample:
+def _read(samples: AudioSamples, place: int, seed: Seed) -> AudioSample:
     return samples.read(place, None if seed is None else np.random.default_rng(seed))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .classification_metrics import UNLABELLED
 from .image_files import ImageFiles, no_pixel_limit
 from .loader import Batch
-from .sample_loader import SampleSource
+from .sample_loader import SampleSource, Seed
 from .seeding import seeded
 
 __all__ = ["ImageSample", "Transform", "image_source"]
@@ -63,13 +63,11 @@ def collate(samples: Sequence[ImageSample], *, num_skipped: int = 0) -> Batch:
     }
 
 
-def _read(images: ImageFiles, place: int, seed: tuple[int, ...] | None) -> ImageSample:
+def _read(images: ImageFiles, place: int, seed: Seed) -> ImageSample:
     return ImageSample(images.read(place), images.labels[place], images.names[place])
 
 
-def _transformed(
-    transform: Transform, sample: ImageSample, place: int, seed: tuple[int, ...] | None
-) -> ImageSample:
+def _transformed(transform: Transform, sample: ImageSample, place: int, seed: Seed) -> ImageSample:
     with seeded((0, 0, place) if seed is None else seed), no_pixel_limit():
         return sample._replace(image=transform(sample.image))
 

@@ -26,7 +26,7 @@ from .classification_metrics import UNLABELLED
 from .image_files import no_pixel_limit
 from .image_text_sources import Pairs
 from .loader import Batch
-from .sample_loader import SampleSource
+from .sample_loader import SampleSource, Seed
 from .seeding import seeded
 
 __all__ = ["NO_PAIR", "LongCaptions", "PairEncoder", "collate_pairs", "pair_source"]
@@ -128,7 +128,7 @@ def pair_source(pairs: Pairs, encoder: PairEncoder) -> SampleSource[Sample]:
     )
 
 
-def _read(pairs: Pairs, encoder: PairEncoder, place: int, seed: tuple[int, ...] | None) -> Sample:
+def _read(pairs: Pairs, encoder: PairEncoder, place: int, seed: Seed) -> Sample:
     draws = None if seed is None else np.random.default_rng(seed)
     image, caption = pairs.read(place, generator=draws)
     return encoder(

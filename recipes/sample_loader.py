@@ -22,7 +22,7 @@ from .loader import (
     fair_order,
 )
 
-__all__ = ["EvalLoader", "SampleSource", "TrainLoader"]
+__all__ = ["EvalLoader", "SampleSource", "Seed", "TrainLoader"]
 
 Sample = TypeVar("Sample")
 # Numbers that draw what a training sample looks like; None: as it always looks.

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .classification_metrics import UNLABELLED
 from .loader import Batch
-from .sample_loader import SampleSource
+from .sample_loader import SampleSource, Seed
 
 __all__ = ["Slide", "SlideSet", "collate", "slide_source"]
 
@@ -86,9 +86,7 @@ def slide_source(slides: SlideSet, *, max_tiles: int | None = None) -> SampleSou
     )
 
 
-def _read(
-    slides: SlideSet, max_tiles: int | None, place: int, seed: tuple[int, ...] | None
-) -> Slide:
+def _read(slides: SlideSet, max_tiles: int | None, place: int, seed: Seed) -> Slide:
     slide = slides[place]
     if seed is None or max_tiles is None or len(slide.tiles) <= max_tiles:
         return slide
