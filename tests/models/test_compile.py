@@ -21,6 +21,12 @@ TOLD = ("multimodal", "multimodal_padded")
 @pytest.fixture(autouse=True)
 def _no_compiled_code_of_other_tests():
     torch.compiler.reset()
+    # Nor code that older runs left on disk, found there by its graph and not by our operators.
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
 
 
 def output_and_grads(model, function, inputs):
