@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from longnet_zoo.ops.arguments import can_read
 from longnet_zoo.ops.cross_entropy import linear_cross_entropy
 from longnet_zoo.ops.dilated_attention import dilated_attention
 from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.ops.prefix_attention import attend_last_rows, prefix_attention
+from longnet_zoo.ops.sampling import Sampling, draw_tokens
 
 from .beit3_encoder import BEiT3Encoder
-from .checks import check_mask, check_tokens
+from .checks import check_mask, check_on_the_right, check_tokens
 
 __all__ = ["BEiT3Captioner"]
 
@@ -148,7 +148,8 @@ class BEiT3Captioner(BEiT3Encoder):
             >>> tokens = model.generate(torch.randn(2, 3, 64, 64), max_new_tokens=9, end_id=256)
         """
         head = self._training_head("masked_text")
-        self._check_generation(max_new_tokens, end_id, temperature, top_k)
+        sampling = Sampling(temperature=temperature, top_k=top_k)
+        self._check_generation(max_new_tokens, end_id)
         if prompt is not None:
             check_tokens(prompt, vocab_size=head.out_features, length="prompt_len")
         text, lengths = _begin(len(image), prompt, prompt_padding_mask, end_id, max_new_tokens)
@@ -161,7 +162,7 @@ class BEiT3Captioner(BEiT3Encoder):
         # Longer prompts go on where shorter ones have ended, so that no text has gaps.
         for column in range(int(lengths.min()), text.shape[1]):
             features = self._run_new(None, text[:, first:column], kept, first=first)
-            chosen = _choose(head(features[:, -1]), temperature, top_k, generator)
+            chosen = draw_tokens(head(features[:, -1]), sampling, generator=generator)
             is_prompt = column < lengths
             chosen = torch.where(is_done, end_id, chosen)
             text[:, column] = torch.where(is_prompt, text[:, column], chosen)
@@ -179,7 +180,7 @@ class BEiT3Captioner(BEiT3Encoder):
         """Computes the features of the tokens, (b, t, e)."""
         x, options = self._embed(image, tokens, text_padding_mask)
         if text_padding_mask is not None:
-            _check_on_the_right("text_padding_mask", text_padding_mask)
+            check_on_the_right("text_padding_mask", text_padding_mask)
         # No token sees the padding behind it, and sequences of one length are attended at once.
         options["key_padding_mask"] = None
         prefix_len = 1 + self.config.num_patches
@@ -194,25 +195,17 @@ class BEiT3Captioner(BEiT3Encoder):
         x, options = self._embed(image, tokens, first=first)
         return self.stack(x, **options, attention_ops=kept)
 
-    def _check_generation(
-        self, max_new_tokens: int, end_id: int, temperature: float, top_k: int | None
-    ) -> None:
+    def _check_generation(self, max_new_tokens: int, end_id: int) -> None:
         vocab_size = self._training_head("masked_text").out_features
-        numbers = (max_new_tokens, end_id, *([] if top_k is None else [top_k]))
-        if any(type(number) is not int for number in numbers):
+        if any(type(number) is not int for number in (max_new_tokens, end_id)):
             raise TypeError(
-                "max_new_tokens, end_id and top_k must be integers, got "
-                f"max_new_tokens={max_new_tokens!r}, end_id={end_id!r} and top_k={top_k!r}."
+                "max_new_tokens and end_id must be integers, got "
+                f"max_new_tokens={max_new_tokens!r} and end_id={end_id!r}."
             )
         if max_new_tokens < 1 or not 0 <= end_id < vocab_size:
             raise ValueError(
                 f"max_new_tokens must be 1 or more and end_id in [0, {vocab_size}), got "
                 f"max_new_tokens={max_new_tokens} and end_id={end_id}."
-            )
-        if not 0.0 <= temperature < float("inf") or (top_k is not None and top_k < 1):
-            raise ValueError(
-                "temperature must be 0 or more and top_k 1 or more or None, got "
-                f"temperature={temperature} and top_k={top_k}."
             )
         if self.training:
             raise ValueError(
@@ -278,7 +271,7 @@ def _begin(
     if padding_mask is None:
         return text, torch.full((batch,), prompt.shape[1])
     check_mask("prompt_padding_mask", padding_mask, tuple(prompt.shape))
-    _check_on_the_right("prompt_padding_mask", padding_mask)
+    check_on_the_right("prompt_padding_mask", padding_mask)
     lengths = (~padding_mask).sum(1)
     if int(lengths.min()) == 0:
         raise ValueError(
@@ -287,28 +280,3 @@ def _begin(
         )
     text[:, : prompt.shape[1]].masked_fill_(padding_mask, end_id)
     return text, lengths
-
-
-def _check_on_the_right(name: str, padding_mask: Tensor) -> None:
-    """Checks that no token comes behind padding."""
-    if not can_read(padding_mask):
-        return
-    wrong = (padding_mask[:, :-1] & ~padding_mask[:, 1:]).any(1).nonzero().flatten().tolist()
-    if wrong:
-        raise ValueError(
-            f"{name} must be True on the right alone, behind all tokens of a text, got tokens "
-            f"behind padding in rows {wrong}. Move them to the front."
-        )
-
-
-def _choose(
-    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
-) -> Tensor:
-    """Chooses a token by logits (b, vocab_size): (b,)."""
-    if temperature == 0.0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)

@@ -23,6 +23,7 @@ __all__ = [
     "check_heads",
     "check_integers",
     "check_mask",
+    "check_on_the_right",
     "check_positive",
     "check_probabilities",
     "check_tokens",
@@ -138,6 +139,18 @@ def check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
         raise TypeError(f"{name} must be bool, got {mask.dtype}. Convert it with .bool().")
     if tuple(mask.shape) != shape:
         raise ValueError(f"{name} must be {shape}, got {tuple(mask.shape)}.")
+
+
+def check_on_the_right(name: str, padding_mask: Tensor) -> None:
+    """Checks that no token comes behind padding."""
+    if not can_read(padding_mask):
+        return
+    wrong = (padding_mask[:, :-1] & ~padding_mask[:, 1:]).any(1).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"{name} must be True on the right alone, behind all tokens of a text, got tokens "
+            f"behind padding in rows {wrong}. Move them to the front."
+        )
 
 
 def integer_list(name: str, values: Iterable[int]) -> list[int]:

@@ -13,10 +13,12 @@ from torch.nn import functional
 
 from longnet_zoo.layers import initialize_weights
 from longnet_zoo.ops.cross_entropy import Reduction, linear_cross_entropy
+from longnet_zoo.ops.streaming import StreamingCache
 
 from .base import ZooModel, make_stack
 from .checks import check_tokens
 from .heads import fit_module
+from .streaming import check_cache, run_stream
 from .text_config import TextConfig
 
 __all__ = ["TextModel"]
@@ -66,6 +68,7 @@ class TextModel(ZooModel):
         inputs_embeds: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        cache: StreamingCache | None = None,
     ) -> Tensor:
         """Computes logits for every position.
 
@@ -74,6 +77,8 @@ class TextModel(ZooModel):
             inputs_embeds: Embeddings instead of tokens, (batch, seq_len, embed_dim).
             key_padding_mask: Bool (batch, seq_len), True = padding.
             cu_seqlens: Boundaries of packed sequences, int32 (num_sequences + 1,), for batch 1.
+            cache: What was read before, of `make_cache`; the tokens follow it, and it then has read
+                them too. With it padding must be on the right, and belongs to no sequence.
 
         Returns:
             Logits, (batch, seq_len, num_outputs); features for a model without a head.
@@ -87,6 +92,7 @@ class TextModel(ZooModel):
             inputs_embeds=inputs_embeds,
             key_padding_mask=key_padding_mask,
             cu_seqlens=cu_seqlens,
+            cache=cache,
         )
         return self.forward_head(features)
 
@@ -97,6 +103,7 @@ class TextModel(ZooModel):
         inputs_embeds: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        cache: StreamingCache | None = None,
     ) -> Tensor:
         """Computes features after the final norm, (batch, seq_len, embed_dim).
 
@@ -105,6 +112,7 @@ class TextModel(ZooModel):
             inputs_embeds: As for `forward`.
             key_padding_mask: As for `forward`.
             cu_seqlens: As for `forward`.
+            cache: As for `forward`.
 
         Returns:
             Features, (batch, seq_len, embed_dim).
@@ -114,6 +122,9 @@ class TextModel(ZooModel):
             TypeError: If tokens are not integers.
         """
         x = self._embed(tokens, inputs_embeds)
+        if cache is not None:
+            check_cache(self, cache, x, cu_seqlens)
+            return run_stream(self.stack, x, cache, key_padding_mask)
         return self.stack(x, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens)
 
     def forward_head(self, features: Tensor) -> Tensor:
@@ -132,6 +143,7 @@ class TextModel(ZooModel):
         reduction: Reduction = "mean",
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        cache: StreamingCache | None = None,
     ) -> Tensor:
         """Computes the cross-entropy of the labels; logits exist for a chunk of rows at a time.
 
@@ -146,6 +158,7 @@ class TextModel(ZooModel):
                 `"none"`.
             key_padding_mask: As for `forward`.
             cu_seqlens: As for `forward`.
+            cache: As for `forward`.
 
         Returns:
             Loss in nats, float32: a scalar, or (batch, seq_len) for `"none"`.
@@ -167,6 +180,7 @@ class TextModel(ZooModel):
             inputs_embeds=inputs_embeds,
             key_padding_mask=key_padding_mask,
             cu_seqlens=cu_seqlens,
+            cache=cache,
         )
         return self.cross_entropy_op(
             features,
@@ -200,6 +214,24 @@ class TextModel(ZooModel):
         self.config = replace(self.config, num_outputs=num_outputs, tie_embeddings=False)
         head = _make_head(self.config)
         self.head = None if head is None else fit_module(head, self)
+
+    def make_cache(self, batch_size: int = 1) -> StreamingCache:
+        """Makes a cache with which the model reads sequences piece by piece.
+
+        Args:
+            batch_size: Sequences that are read side by side.
+
+        Raises:
+            ValueError: If the model is not causal, or `batch_size` is below 1.
+        """
+        if not self.config.is_causal:
+            raise ValueError(
+                f"only a causal model reads piece by piece, got {type(self).__name__}, whose "
+                "tokens see later ones. Use a longnet_lm_* model."
+            )
+        return StreamingCache(
+            self.config.pattern, num_layers=self.config.num_layers, batch_size=batch_size
+        )
 
     def flops(self, seq_len: int) -> int:
         """Counts the FLOPs of a forward pass over one sequence, head included; see `ZooModel`.

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from longnet_zoo.registry import register_model
 
+from .generation import GeneratesText
 from .text import TextModel
 from .text_config import TextConfig
 
@@ -33,7 +34,7 @@ class LongNetLMConfig(TextConfig):
     is_causal: ClassVar[bool] = True
 
 
-class LongNetLM(TextModel):
+class LongNetLM(GeneratesText, TextModel):
     """Causal language model with dilated attention: position i predicts token i + 1.
 
     `labels` of `loss` are the tokens to predict, shifted by the caller, so that packed rows and

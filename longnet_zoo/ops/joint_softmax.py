@@ -23,7 +23,7 @@ from .kernels.bias import LogitBias
 from .kernels.call import BlockOptions, Dropout
 from .merge import add_zero_keys_, merge_
 from .pattern import DilatedPattern
-from .positions import float64_device, xpos_zeta
+from .positions import float64_device, xpos_factors
 from .schedule import Block, blocks_of, view_pairs, view_rows
 from .sequences import SequenceGroup
 
@@ -181,6 +181,33 @@ class JointSoftmax:
                         first_key=block.num_before,
                     )
 
+    def _other_pieces(
+        self,
+        block: Block,
+        views: list[Tensor],
+        calls: Iterator[int],
+        *,
+        first_key: int,
+        bias_grad: Tensor | None = None,
+        is_hidden: Tensor | None = None,
+    ) -> Iterator[Piece]:
+        """Lists the calls of a block with keys from elsewhere, all of which it sees."""
+        views = views if is_hidden is None else [*views, is_hidden]
+        for part in folded(views):
+            bias = None
+            if self.distance_bias is not None or is_hidden is not None:
+                key_offset = first_key - block.num_before
+                bias = self._logit_bias(block, bias_grad, key_offset=key_offset)
+            if bias is not None and is_hidden is not None:
+                bias = replace(bias, is_hidden=part.pop())
+            yield Piece(
+                block=block,
+                views=part,
+                options=self._options(block, bias, next(calls), is_causal=False),
+                is_first=False,
+                first_key=first_key,
+            )
+
     def _blocks(self, group: SequenceGroup, num_heads: int, num_kv_heads: int) -> tuple[Block, ...]:
         return blocks_of(
             self.pattern,
@@ -311,9 +338,8 @@ class JointSoftmax:
         Places count from the middle of a segment, where the factors are smallest.
         """
         assert self.xpos_scale_base is not None
-        log_zeta = xpos_zeta(like.shape[-1], device=places.device).log()
-        factors = torch.exp(places[:, None] / self.xpos_scale_base * log_zeta)
-        factors = factors.to(_sum_dtype(like)).repeat_interleave(2, dim=1)
+        base, dtype = self.xpos_scale_base, _sum_dtype(like)
+        factors = xpos_factors(places, head_dim=like.shape[-1], scale_base=base, dtype=dtype)
         return factors.unsqueeze(1).to(like.device)
 
 

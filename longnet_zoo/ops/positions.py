@@ -24,6 +24,8 @@ __all__ = [
     "float64_device",
     "relative_buckets",
     "rotary_tables",
+    "xpos_factors",
+    "xpos_reach",
     "xpos_zeta",
 ]
 
@@ -134,6 +136,29 @@ def xpos_zeta(head_dim: int, *, device: torch.device | str = "cpu") -> Tensor:
     _check_head_dim(head_dim)
     channels = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64)
     return (channels / head_dim + 0.4) / 1.4
+
+
+def xpos_factors(places: Tensor, *, head_dim: int, scale_base: float, dtype: torch.dtype) -> Tensor:
+    """Computes zeta ** (place / scale_base): xPos's factor of queries; keys take the inverse.
+
+    Args:
+        places: Places, float64 (m,), counted from where factors are to be 1.
+        head_dim: Channels per head, even.
+        scale_base: xPos's scale base, in positions.
+        dtype: Dtype of the factors.
+
+    Returns:
+        The factors, (m, head_dim), the same for channels 2c and 2c + 1.
+    """
+    log_zeta = xpos_zeta(head_dim, device=places.device).log()
+    factors = torch.exp(places[:, None] / scale_base * log_zeta)
+    return factors.to(dtype).repeat_interleave(2, dim=1)
+
+
+def xpos_reach(*, scale_base: float, is_causal: bool, dtype: torch.dtype) -> int:
+    """Returns how many positions a segment may have before xPos overflows; see the check below."""
+    log_decay = math.log(1.4 / 0.4) / scale_base  # ln(1 / zeta_0); no other pair decays faster.
+    return int(2 * _largest_log_factor(is_causal, dtype) / log_decay)
 
 
 def check_xpos_range(

@@ -12,7 +12,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from longnet_zoo.ops.joint_softmax import JointSoftmax, Piece, folded
+from longnet_zoo.ops.joint_softmax import JointSoftmax, Piece
 from longnet_zoo.ops.schedule import view_rows
 
 from .exchange import Exchange, ExchangePlan, region_views
@@ -92,7 +92,7 @@ class SharedSoftmax(JointSoftmax):
         self.buffer.append(self.exchange.sorted(rows.wait()))
         if hidden_rows is not None:
             self.buffer.append(self.exchange.sorted(hidden_rows.wait()[:, 0]).bool())
-        yield from self._other_pieces(query_tensors, list(self.buffer[0].chunk(2, dim=1)))
+        yield from self._foreign_pieces(query_tensors, list(self.buffer[0].chunk(2, dim=1)))
 
     def _backward_pieces(
         self,
@@ -104,14 +104,14 @@ class SharedSoftmax(JointSoftmax):
         # The gradients of the others' rows travel while those of the own rows are computed.
         sums = self.buffer[0].new_zeros(self.buffer[0].shape, dtype=kv_tensors[2].dtype)
         buffers = [*self.buffer[0].chunk(2, dim=1), *sums.chunk(2, dim=1)]
-        yield from self._other_pieces(query_tensors, buffers, bias_grad)
+        yield from self._foreign_pieces(query_tensors, buffers, bias_grad)
         rows = self.exchange.start_back(sums)
         for piece in own:
             yield replace(piece, is_first=False)
         for total, grads in zip(kv_tensors[2:], rows.wait().chunk(2, dim=1), strict=True):
             self.exchange.add_(total, grads)
 
-    def _other_pieces(
+    def _foreign_pieces(
         self,
         query_tensors: list[Tensor],
         buffers: list[Tensor],
@@ -128,22 +128,14 @@ class SharedSoftmax(JointSoftmax):
             block = region.block
             views = [view_rows(region.group.select(x), block) for x in query_tensors]
             views += others
-            if mask is not None:
-                views.append(mask)
-            for part in folded(views):
-                bias = None
-                if self.distance_bias is not None or mask is not None:
-                    key_offset = region.first_key - block.num_before
-                    bias = self._logit_bias(block, bias_grad, key_offset=key_offset)
-                if mask is not None and bias is not None:
-                    bias = replace(bias, is_hidden=part.pop())
-                yield Piece(
-                    block=block,
-                    views=part,
-                    options=self._options(block, bias, next(calls), is_causal=False),
-                    is_first=False,
-                    first_key=region.first_key,
-                )
+            yield from self._other_pieces(
+                block,
+                views,
+                calls,
+                first_key=region.first_key,
+                bias_grad=bias_grad,
+                is_hidden=mask,
+            )
 
     def _sums(self, x: Tensor, *, fill: float = 0.0) -> Tensor:
         """Makes what results are added to; in the backward pass others' keys come first."""

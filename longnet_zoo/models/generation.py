@@ -1,0 +1,261 @@
+"""How a causal model writes: it reads a prompt in chunks, then its own tokens one by one.
+
+Shape legend: b batch, t prompt_len, e embed_dim, v vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from longnet_zoo.ops.sampling import Sampling, draw_tokens
+from longnet_zoo.ops.streaming import StreamingCache
+
+from .checks import check_mask, check_on_the_right, check_tokens
+
+if TYPE_CHECKING:
+    from .text import TextModel
+
+__all__ = ["GeneratesText", "TextDecoder"]
+
+# Characters of UTF-8 have up to four bytes, each a token of its own for some tokenizers.
+_TOKENS_PER_CHARACTER = 4
+
+
+class TextDecoder(Protocol):
+    """What stop strings need of a tokenizer."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of token ids."""
+        ...
+
+
+class GeneratesText:
+    """Gives a causal text model its method `generate`."""
+
+    @torch.no_grad()
+    def generate(
+        self: Any,
+        tokens: Tensor,
+        *,
+        max_new_tokens: int,
+        key_padding_mask: Tensor | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop_ids: Sequence[int] = (),
+        stop_strings: Sequence[str] = (),
+        tokenizer: TextDecoder | None = None,
+        banned_ids: Sequence[int] = (),
+        fill_id: int | None = None,
+        streamer: Callable[[Tensor], object] | None = None,
+        cache: StreamingCache | None = None,
+        chunk_size: int = 8192,
+    ) -> Tensor:
+        """Writes on: memory and time of a token do not depend on how many came before.
+
+        The prompt is read in chunks, so it may be far longer than what fits in memory at once.
+
+        Args:
+            tokens: The prompts, integers (batch, prompt_len), at least one token each.
+            max_new_tokens: Most tokens to write after a prompt.
+            key_padding_mask: Bool (batch, prompt_len), True = padding, on the right.
+            temperature: What logits are divided by; 0 takes the likeliest token.
+            top_k: Draw among so many of the likeliest tokens; None: among all.
+            top_p: Draw among the likeliest tokens that together have this probability.
+            min_p: Draw among tokens with this share of the likeliest one's probability.
+            repetition_penalty: Above 1 makes tokens of the prompt and of the answer less likely.
+            seed: Start of the random numbers; None: the global ones.
+            stop_ids: Tokens after which a row is done.
+            stop_strings: Texts after which a row is done; they are part of the result.
+            tokenizer: Turns new tokens into text, for `stop_strings`.
+            banned_ids: Tokens that are never drawn.
+            fill_id: What rows that are done are filled up with; None: the first of `stop_ids`.
+            streamer: Called with the tokens of every step, int64 (batch,), as soon as they are
+                drawn; for example the method `put` of a streamer of Transformers.
+            cache: What was read before, which the prompts follow; None: nothing. At the end it has
+                read all but the last new token.
+            chunk_size: Tokens of the prompt that are read at once.
+
+        Returns:
+            The new tokens, int64 (batch, num_new), at most `max_new_tokens`.
+
+        Raises:
+            ValueError: If an option is out of range or does not fit the others, the model is in
+                training mode or has no output head, padding is not on the right, or a prompt is
+                empty.
+            TypeError: If an argument is of the wrong kind.
+
+        Example:
+            >>> model = create_model("longnet_lm_tiny").eval()
+            >>> prompt = torch.tensor([list(b"def ")])
+            >>> tokens = model.generate(prompt, max_new_tokens=100, temperature=0.8, seed=0)
+        """
+        sampling = Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
+        is_stopped = _StopRules(stop_ids, stop_strings, tokenizer)
+        fill = _fill_id(fill_id, stop_ids, stop_strings, batch=len(tokens))
+        _check_numbers(self, max_new_tokens, chunk_size, (*stop_ids, *banned_ids, fill))
+        check_tokens(tokens, vocab_size=self.embedding.num_embeddings)
+        cache = self.make_cache(len(tokens)) if cache is None else cache
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(tokens.device).manual_seed(seed)
+        seen = _Seen(self.config.head_size, tokens, key_padding_mask, sampling)
+        features = _read_prompt(self, tokens, key_padding_mask, cache, chunk_size)
+        is_done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        written: list[Tensor] = []
+        while True:
+            new = draw_tokens(
+                self.forward_head(features),
+                sampling,
+                generator=generator,
+                seen=seen.mask,
+                banned_ids=banned_ids,
+            )
+            new = new.masked_fill(is_done, fill)
+            seen.add(new)
+            written.append(new)
+            if streamer is not None:
+                streamer(new)
+            is_done |= is_stopped(written)
+            if len(written) == max_new_tokens or (is_stopped.can_stop and bool(is_done.all())):
+                return torch.stack(written, dim=1)
+            features = self.forward_features(new[:, None], cache=cache)[:, -1]
+
+
+class _StopRules:
+    """Says which rows are done."""
+
+    def __init__(
+        self, ids: Sequence[int], strings: Sequence[str], tokenizer: TextDecoder | None
+    ) -> None:
+        if isinstance(strings, str) or not all(isinstance(x, str) and x for x in strings):
+            raise TypeError(
+                f"stop_strings must be texts that are not empty, got {strings!r}. Put a single one "
+                "in a tuple."
+            )
+        if strings and tokenizer is None:
+            raise ValueError(f"stop_strings={tuple(strings)} need tokenizer, got tokenizer=None.")
+        self._ids, self._strings, self._tokenizer = list(ids), strings, tokenizer
+        longest = max(map(len, strings), default=0)
+        self._num_tail = _TOKENS_PER_CHARACTER * (longest + 1)
+
+    @property
+    def can_stop(self) -> bool:
+        """Whether there is a rule."""
+        return bool(self._ids or self._strings)
+
+    def __call__(self, written: list[Tensor]) -> Tensor:
+        """Whether each row ends with the last token, bool (b,)."""
+        new = written[-1]
+        is_stopped = torch.isin(new, torch.tensor(self._ids, dtype=new.dtype, device=new.device))
+        if self._strings and self._tokenizer is not None:
+            tails = torch.stack(written[-self._num_tail :], dim=1).tolist()
+            texts = [self._tokenizer.decode(tail) for tail in tails]
+            found = [any(string in text for string in self._strings) for text in texts]
+            is_stopped |= torch.tensor(found, device=new.device)
+        return is_stopped
+
+
+class _Seen:
+    """The tokens of each row so far, where a penalty asks for them."""
+
+    def __init__(
+        self, vocab_size: int, tokens: Tensor, padding_mask: Tensor | None, sampling: Sampling
+    ) -> None:
+        self.mask: Tensor | None = None
+        if sampling.repetition_penalty != 1.0:
+            is_real = torch.ones_like(tokens, dtype=torch.bool)
+            if padding_mask is not None:
+                is_real = ~padding_mask
+            counts = torch.zeros(len(tokens), vocab_size, dtype=torch.int64, device=tokens.device)
+            self.mask = counts.scatter_add_(1, tokens.long(), is_real.long()) > 0
+
+    def add(self, new: Tensor) -> None:
+        if self.mask is not None:
+            self.mask.scatter_(1, new[:, None], True)
+
+
+def _read_prompt(
+    model: TextModel,
+    tokens: Tensor,
+    padding_mask: Tensor | None,
+    cache: StreamingCache,
+    chunk_size: int,
+) -> Tensor:
+    """Reads the prompts: features of the last token of each, (b, e)."""
+    lengths = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
+    if padding_mask is not None:
+        check_mask("key_padding_mask", padding_mask, tuple(tokens.shape))
+        check_on_the_right("key_padding_mask", padding_mask)
+        lengths = (~padding_mask).sum(1)
+        empty = (lengths == 0).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(
+                f"key_padding_mask must leave each prompt a token, got none for prompts {empty}."
+            )
+    last: Tensor | None = None
+    for start, chunk, mask in _chunks(tokens, padding_mask, chunk_size):
+        features = model.forward_features(chunk, key_padding_mask=mask, cache=cache)
+        place = lengths - 1 - start
+        own = features[
+            torch.arange(len(chunk), device=place.device), place.clamp(0, chunk.shape[1] - 1)
+        ]
+        is_last = (place >= 0) & (place < chunk.shape[1])
+        last = own if last is None else torch.where(is_last[:, None], own, last)
+    assert last is not None
+    return last
+
+
+def _chunks(
+    tokens: Tensor, padding_mask: Tensor | None, size: int
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    for start in range(0, tokens.shape[1], size):
+        own = slice(start, start + size)
+        yield start, tokens[:, own], None if padding_mask is None else padding_mask[:, own]
+
+
+def _fill_id(
+    given: int | None, stop_ids: Sequence[int], stop_strings: Sequence[str], *, batch: int
+) -> int:
+    if given is not None:
+        return given
+    if stop_strings and not stop_ids and batch > 1:
+        raise ValueError(
+            f"rows that end at stop_strings are filled up, got a batch of {batch} without fill_id "
+            "and stop_ids. Pass fill_id, such as the tokenizer's pad_id."
+        )
+    return next(iter(stop_ids), 0)
+
+
+def _check_numbers(
+    model: Any, max_new_tokens: int, chunk_size: int, token_ids: Sequence[int]
+) -> None:
+    for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size)):
+        if type(value) is not int:
+            raise TypeError(f"{name} must be an integer, got {value!r}.")
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}.")
+    if model.embedding is None or model.config.head_size != model.embedding.num_embeddings:
+        raise ValueError(
+            "generate needs a model whose head predicts the tokens it reads, got "
+            f"vocab_size={model.config.vocab_size} and {model.config.head_size} outputs."
+        )
+    wrong = [x for x in token_ids if type(x) is not int or not 0 <= x < model.config.head_size]
+    if wrong:
+        raise ValueError(
+            f"stop_ids, banned_ids and fill_id must be in [0, {model.config.head_size}), got "
+            f"{wrong}."
+        )
