@@ -1,4 +1,4 @@
-"""The command `longnet-zoo`: describe models, draw patterns, measure speed, plan, fetch data.
+"""The command `longnet-zoo`: models, text, patterns, speed, plans and data.
 
 rich and matplotlib are imported inside the functions that need them.
 """
@@ -21,6 +21,7 @@ from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.planner import add_plan_command
 from longnet_zoo.plot import DOTS_PER_INCH, plot_pattern
 from longnet_zoo.registry import PublishedWeights, find_model, nearest_names
+from longnet_zoo.text.command import add_text_commands
 
 __all__ = ["main"]
 
@@ -82,6 +83,7 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.set_defaults(run=_info)
 
+    add_text_commands(commands)
     _add_plot_command(commands)
     _add_bench_command(commands)
     add_plan_command(commands)

@@ -44,7 +44,7 @@ import longnet_zoo as lz
 from longnet_zoo.layers import TransformerBlock
 from longnet_zoo.models import ZooModel
 from longnet_zoo.parallel import Layout
-from longnet_zoo.parallel.styles import Inputs, Method
+from longnet_zoo.parallel.styles import Method
 from recipes.checkpoints import read_checkpoint
 from recipes.sharded_checkpoints import by_index, by_name, is_sharded, replace_folder
 
@@ -54,6 +54,8 @@ __all__ = ["SequenceParallelStrategy"]
 _DATA, _SEQUENCE = "data_parallel", "sequence_parallel"
 # Half floats would need their losses scaled, which sharded weights have no way of.
 _PRECISIONS = ("bf16-mixed", "bf16-true", "32-true")
+# Every process has whole sequences, and layers that know of no other process.
+_UNSPLIT = "unsplit"
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -96,7 +98,7 @@ class SequenceParallelStrategy(ModelParallelStrategy):
         )
         self.sequence_parallel_size = sequence_parallel_size
         self.method, self.layout = method, layout
-        self._inputs: Inputs | None = None
+        self._inputs: str | None = None
 
     @property
     def sequence_mesh(self) -> DeviceMesh:
@@ -142,7 +144,8 @@ class SequenceParallelStrategy(ModelParallelStrategy):
         if self._inputs is None:
             self.model = self.precision_plugin.convert_module(task)
             self._share_weights(task)
-            self._split_sequences(task, inputs)
+            if inputs != _UNSPLIT:
+                self._split_sequences(task, inputs)
             self._shard_weights(task)
             self.model_to_device()
         self._inputs = inputs
@@ -218,11 +221,11 @@ class SequenceParallelStrategy(ModelParallelStrategy):
             )
         return data, sequence
 
-    def _inputs_of(self, trainer: L.Trainer) -> Inputs:
-        # Prompts are short and grow token by token, so there is nothing to split.
-        is_predicting = trainer.state.fn == TrainerFn.PREDICTING
-        can_shard = hasattr(self.lightning_module, "shard_batch") and not is_predicting
-        return "sharded" if can_shard else "full"
+    def _inputs_of(self, trainer: L.Trainer) -> str:
+        if not hasattr(self.lightning_module, "shard_batch"):
+            return "full"
+        # A language model reads its prompt in chunks and writes token by token.
+        return _UNSPLIT if trainer.state.fn == TrainerFn.PREDICTING else "sharded"
 
     def _share_weights(self, task: torch.nn.Module) -> None:
         """Gives all processes the first one's weights, whatever seed each had."""
@@ -232,7 +235,7 @@ class SequenceParallelStrategy(ModelParallelStrategy):
                 dist.broadcast(shared, src=0)
                 tensor.copy_(shared)
 
-    def _split_sequences(self, task: torch.nn.Module, inputs: Inputs) -> None:
+    def _split_sequences(self, task: torch.nn.Module, inputs: str) -> None:
         for model in [module for module in task.modules() if isinstance(module, ZooModel)]:
             lz.parallelize(
                 model,

@@ -13,8 +13,9 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
+from longnet_zoo.text.pieces import read_pieces
+
 from .text_files import SourceFile, check_pattern, find_files
-from .text_pieces import read_pieces
 from .text_tables import ColumnError, RowError, read_rows
 
 __all__ = [

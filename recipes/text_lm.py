@@ -28,7 +28,7 @@ from recipes.cli import run
 from recipes.context_warmup import ContextWarmup
 from recipes.metrics import BitsPerByte
 from recipes.optimization import OptimizationConfig, total_grad_norm
-from recipes.sampling import SamplingConfig, complete, printable
+from recipes.sampling import SamplingConfig, printable
 from recipes.text_data import TextDataModule
 from recipes.text_packing import IGNORE_INDEX, Objective
 from recipes.text_parts import shard_batch
@@ -237,14 +237,14 @@ class TextLM(L.LightningModule):
         assert self.tokenizer is not None
         special = {self.tokenizer.mask_id, self.tokenizer.pad_id} - {None}
         ids = torch.from_numpy(self.tokenizer.encode_batch([prompt.encode()])[0].astype("int64"))
-        new = complete(
-            self.model,
-            ids.to(self.device),
-            config=self.sampling,
-            stop_id=self.tokenizer.eod_id,
+        new = self.model.generate(
+            ids[None].to(self.device),
+            **self.sampling.options(),
+            stop_ids=[self.tokenizer.eod_id],
+            tokenizer=self.tokenizer,
             banned_ids=sorted(special),
         )
-        return printable(prompt + self.tokenizer.decode(new.tolist()))
+        return printable(prompt + self.tokenizer.decode(new[0].tolist()))
 
     def progress_text(self, metrics: dict[str, float]) -> str:
         """Returns what a progress bar shows of the newest metrics."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from longnet_zoo.bench import Panel, check_matplotlib, draw, save_picture
+from longnet_zoo.command_options import read_option
 from longnet_zoo.layers import MemorySaving
 from longnet_zoo.parallel.layout import Layout
 
@@ -163,7 +164,7 @@ def _add_saving_options(command: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     config = PlanConfig(
         model=options.model,
-        options=dict(map(_read_option, options.option)),
+        options=dict(map(read_option, options.option)),
         seq_len=options.seq_len,
         gpus=options.gpus,
         gpu=options.gpu,
@@ -213,28 +214,6 @@ def _integer(text: str, *, least: int) -> int:
             f"must be an integer from {least} to {MAX_SEQ_LEN:,}, got {text!r}"
         )
     return int(number)
-
-
-def _read_option(text: str) -> tuple[str, Any]:
-    """Reads NAME=VALUE: numbers, lists of them, true, false, null, and else words."""
-    name, separator, value = text.partition("=")
-    if not separator or not name:
-        raise ValueError(f"--option must be NAME=VALUE, got {text!r}.")
-    if "," in value:
-        return name, tuple(_read_value(x) for x in value.split(",") if x)
-    return name, _read_value(value)
-
-
-def _read_value(text: str) -> Any:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return text
-    if not isinstance(value, float):
-        return value
-    if not math.isfinite(value):
-        raise ValueError(f"--option takes finite numbers, got {text!r}.")
-    return int(value) if "e" in text.lower() and value.is_integer() else value
 
 
 def _print(plan: Plan) -> None:

@@ -35,7 +35,7 @@ from .keys import (
     without_prefix,
 )
 
-__all__ = ["CONVERTER"]
+__all__ = ["CONVERTER", "beit3_names", "dense_segments"]
 
 _PREFIX = "beit3."
 _IMAGE_POSITIONS = "encoder.embed_positions.A.weight"
@@ -96,7 +96,7 @@ def _from_published(state_dict: Mapping[str, Tensor], config: BEiT3Config) -> di
         ValueError: If another key has no counterpart (all such keys are listed), or the positions
             of images are not those of a square.
     """
-    names = _key_table(config)
+    names = beit3_names(config)
     weights = without_prefix(state_dict, re.compile(re.escape(_PREFIX)), family="BEiT-3")
     weights = {
         key: tensor
@@ -128,7 +128,7 @@ def _to_published(model: BEiT3) -> dict[str, Tensor]:
         NotImplementedError: If the published code would compute something else with them.
     """
     _check_published_has(model.config)
-    weights = published_names(model, _key_table(model.config))
+    weights = published_names(model, beit3_names(model.config))
     return {
         key if key.startswith(_HEADS) else f"{_PREFIX}{key}": tensor
         for key, tensor in weights.items()
@@ -140,10 +140,15 @@ CONVERTER = Converter(
 )
 
 
-def _key_table(config: BEiT3Config) -> dict[str, str]:
-    """Published key without prefix -> our key, for all keys of the model of a config."""
-    modules = layer_names(config.num_layers, published="encoder.layers", ours="stack.blocks")
-    if config.final_norm:
+def beit3_names(config: BEiT3Config) -> dict[str, str]:
+    """Lists published key without prefix -> our key, for all keys of the model of a config."""
+    modules = layer_names(
+        config.num_layers,
+        published="encoder.layers",
+        ours="stack.blocks",
+        has_inner_norms=config.norm == "sub_ln",
+    )
+    if config.final_norm and config.norm != "deepnorm":
         modules["encoder.layer_norm"] = "stack.norm"
     modules = {
         _published_expert(published, letter): _our_expert(ours, expert, config.num_modalities)
@@ -218,12 +223,14 @@ def _resize_text_positions(table: Tensor, max_text_len: int) -> Tensor:
     return torch.cat([unused, positions.repeat(repeats, 1)[:max_text_len]])
 
 
-def _check_published_has(config: BEiT3Config) -> None:
-    """Refuses options with which the published code would compute something else."""
+def dense_segments(config: BEiT3Config) -> tuple[object, ...]:
+    """What `segment_lengths` may be for `refuse_unpublished`: one segment for all tokens."""
     longest = 1 + config.num_patches + config.max_text_len
     is_dense = config.dilation_rates == (1,) and config.segment_lengths[0] >= longest
-    wanted: dict[str, tuple[object, ...]] = {
-        "norm": ("sub_ln",),
-        "segment_lengths": (config.segment_lengths,) if is_dense else ("one, for all tokens",),
-    }
+    return (config.segment_lengths,) if is_dense else ("one, for all tokens",)
+
+
+def _check_published_has(config: BEiT3Config) -> None:
+    """Refuses options with which the published code would compute something else."""
+    wanted = {"norm": ("sub_ln",), "segment_lengths": dense_segments(config)}
     refuse_unpublished(config, wanted, code="the published BEiT-3")

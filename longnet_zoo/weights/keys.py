@@ -64,18 +64,22 @@ class Converter:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def layer_names(num_layers: int, *, published: str, ours: str) -> dict[str, str]:
+def layer_names(
+    num_layers: int, *, published: str, ours: str, has_inner_norms: bool = True
+) -> dict[str, str]:
     """Lists the modules of all layers: published name -> ours.
 
     Args:
         num_layers: Number of layers.
         published: What stands before the number of a layer, such as `"encoder.layers"`.
         ours: The same in our models, such as `"stack.blocks"`.
+        has_inner_norms: Whether attention and feed-forward have a norm inside, as with sub-LN.
     """
     return {
         f"{published}.{layer}.{theirs}": f"{ours}.{layer}.{name}"
         for layer in range(num_layers)
         for theirs, name in TORCHSCALE_LAYER_NAMES.items()
+        if has_inner_norms or not name.endswith("inner_norm")
     }
 
 

@@ -152,13 +152,12 @@ CONVERTER = Converter(
 def _key_table(config: TextConfig) -> dict[str, str]:
     """Published key -> our key, for all keys of the model that the config describes."""
     outer = _DECODER_NAMES if config.is_causal else _ENCODER_NAMES
-    names = {
-        published: ours
-        for published, ours in layer_names(
-            config.num_layers, published="layers", ours="stack.blocks"
-        ).items()
-        if config.norm == "sub_ln" or not ours.endswith("inner_norm")
-    }
+    names = layer_names(
+        config.num_layers,
+        published="layers",
+        ours="stack.blocks",
+        has_inner_norms=config.norm == "sub_ln",
+    )
     is_present = {
         "embedding": config.vocab_size is not None,
         "stack.norm": config.norm != "deepnorm",
@@ -226,7 +225,6 @@ def _check_torchscale_has(config: TextConfig) -> None:
     """Refuses options with which torchscale would compute something else."""
     wanted: dict[str, tuple[object, ...]] = {
         "position": (None, "xpos", "relative"),
-        "num_outputs": (None, 0, config.vocab_size),
     }
     if config.position == "xpos":
         wanted["rotary_base"] = (10000.0,)

@@ -1,4 +1,4 @@
-"""Options of microsoft/torchscale (EncoderConfig, DecoderConfig) as our configs."""
+"""Options of microsoft/torchscale (EncoderConfig, DecoderConfig) as our configs, BEiT3's too."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from longnet_zoo.models import LongNetLMConfig, LongNetMLMConfig
+from longnet_zoo.models import BEiT3Config, LongNetLMConfig, LongNetMLMConfig
+from longnet_zoo.models.beit3_inputs import FIRST_ROW
 from longnet_zoo.ops.pattern import DENSE_SEGMENT
 
-__all__ = ["config_from_torchscale"]
+__all__ = ["beit3_config_from_torchscale", "config_from_torchscale"]
 
 Part = Literal["encoder", "decoder"]
 
@@ -39,24 +40,40 @@ _DEFAULTS: dict[str, Any] = {
     "xpos_scale_base": 512,
     "segment_length": None,
     "dilated_ratio": None,
-}
-# What our models do not have: accepted with the value that turns it off.
-_OFF = {
     "layernorm_embedding": False,
     "moe_freq": 0,
     "multiway": False,
     "normalize_output": True,
+    "img_size": 224,
+    "patch_size": 16,
+    "in_chans": 3,
+    "max_source_positions": 1024,
+}
+# Options with one value that our models have.
+_TEXT_VALUES = {
+    "layernorm_embedding": False,
+    "moe_freq": 0,
+    "multiway": False,
+    "normalize_output": True,
+}
+_BEIT3_VALUES = {
+    "layernorm_embedding": False,
+    "moe_freq": 0,
+    "multiway": True,
+    "no_output_layer": True,
+    "no_scale_embedding": True,
+    "rel_pos_buckets": 0,
+    "share_encoder_input_output_embed": False,
+    "xpos_rel_pos": False,
 }
 # No influence on the outputs of a trained model without experts.
 _IGNORED = {
     "bert_init",
     "checkpoint_activations",
     "ddp_rank",
+    "encoder_embedding_type",
     "flash_attention",
     "fsdp",
-    "img_size",
-    "in_chans",
-    "max_source_positions",
     "max_target_positions",
     "moe_eval_capacity_token_fraction",
     "moe_expert_count",
@@ -64,8 +81,8 @@ _IGNORED = {
     "moe_normalize_gate_prob_before_dropping",
     "moe_second_expert_policy",
     "moe_top1_expert",
-    "patch_size",
     "seq_parallel",
+    "share_all_embeddings",
     "use_xmoe",
 }
 
@@ -89,11 +106,47 @@ def config_from_torchscale(config: Mapping[str, object]) -> LongNetLMConfig | Lo
         NotImplementedError: If an option asks for what our models do not have.
     """
     part = _find_part(config)
-    options = _with_defaults(config, part)
+    options = _with_defaults(config, part, allowed=_TEXT_VALUES)
     is_causal = part == "decoder"
     common = {
+        **_stack_options(options, part),
         "vocab_size": options["vocab_size"] if options["vocab_size"] > 0 else None,
         "num_outputs": 0 if options["no_output_layer"] else None,
+        "tie_embeddings": options[f"share_{part}_input_output_embed"],
+        "scale_embedding": not options["no_scale_embedding"],
+        **_pattern(options),
+        **_position(options, is_causal=is_causal),
+    }
+    return LongNetLMConfig(**common) if is_causal else LongNetMLMConfig(**common)
+
+
+def beit3_config_from_torchscale(config: Mapping[str, object]) -> BEiT3Config:
+    """Translates the options of torchscale's BEiT3, whose attention is dense whatever they say.
+
+    Args:
+        config: torchscale's options by name; missing ones take torchscale's defaults.
+
+    Returns:
+        The config of our BEiT-3, without heads.
+
+    Raises:
+        ValueError: If an option is unknown, or is not what torchscale accepts.
+        NotImplementedError: If an option asks for what our BEiT-3 does not have.
+    """
+    options = _with_defaults(config, "encoder", allowed=_BEIT3_VALUES)
+    return BEiT3Config(
+        **_stack_options(options, "encoder"),
+        img_size=options["img_size"],
+        patch_size=options["patch_size"],
+        in_chans=options["in_chans"],
+        vocab_size=options["vocab_size"],
+        max_text_len=options["max_source_positions"] - FIRST_ROW,
+        final_norm=options["normalize_output"],
+    )
+
+
+def _stack_options(options: Mapping[str, Any], part: Part) -> dict[str, Any]:
+    return {
         "embed_dim": options[f"{part}_embed_dim"],
         "num_layers": options[f"{part}_layers"],
         "num_heads": options[f"{part}_attention_heads"],
@@ -105,12 +158,7 @@ def config_from_torchscale(config: Mapping[str, object]) -> LongNetLMConfig | Lo
         "activation_dropout": options["activation_dropout"],
         "drop_path": options["drop_path_rate"],
         "eps": options["layernorm_eps"],
-        "tie_embeddings": options[f"share_{part}_input_output_embed"],
-        "scale_embedding": not options["no_scale_embedding"],
-        **_pattern(options),
-        **_position(options, is_causal=is_causal),
     }
-    return LongNetLMConfig(**common) if is_causal else LongNetMLMConfig(**common)
 
 
 def _find_part(config: Mapping[str, object]) -> Part:
@@ -130,18 +178,24 @@ def _find_part(config: Mapping[str, object]) -> Part:
     )
 
 
-def _with_defaults(config: Mapping[str, object], part: Part) -> dict[str, Any]:
+def _with_defaults(
+    config: Mapping[str, object], part: Part, *, allowed: Mapping[str, object]
+) -> dict[str, Any]:
     defaults = {name.format(part): value for name, value in _DEFAULTS.items()}
-    for name, value in config.items():
-        if name in _OFF and value != _OFF[name]:
-            raise NotImplementedError(
-                f"torchscale's {name}={value!r} has no counterpart here; only {_OFF[name]!r} has."
-            )
-        if name not in defaults and name not in _OFF and name not in _IGNORED:
-            near = difflib.get_close_matches(name, [*defaults, *_OFF, *_IGNORED], n=1)
+    known = defaults.keys() | _IGNORED
+    for name in config:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
             cure = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"torchscale has no option {name!r} for {part}s.{cure}")
-    return defaults | {name: value for name, value in config.items() if name in defaults}
+    options = defaults | {name: value for name, value in config.items() if name in defaults}
+    for name, value in allowed.items():
+        if options[name] != value:
+            raise NotImplementedError(
+                f"torchscale's {name}={options[name]!r} has no counterpart here; only {value!r} "
+                "has. Only what was built with that can be converted."
+            )
+    return options
 
 
 def _norm(options: Mapping[str, Any], part: Part) -> str:

@@ -350,7 +350,7 @@ def test_a_task_is_split_once():
     strategy = SequenceParallelStrategy(sequence_parallel_size=1)
     strategy._inputs, strategy._lightning_module = "sharded", text_lm.TextLM()
     trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.PREDICTING))
-    with pytest.raises(ValueError, match=r"split for inputs='sharded' that is to take .*'full'"):
+    with pytest.raises(ValueError, match=r"split for inputs='sharded' that is to take .*'unsplit'"):
         strategy.setup(trainer)
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from recipes.text_corpus import Corpus, read_documents, split_of
 from recipes.text_files import find_files
-from recipes.text_pieces import read_pieces
 from recipes.text_tables import read_rows
 
 
@@ -173,29 +172,6 @@ def test_a_column_may_be_missing_in_rows_but_not_in_all(tmp_path):
         _read(wrong, on_skip=skipped.append)
     # Not all of a large file is read to find out.
     assert len(skipped) < 100
-
-
-def test_long_files_are_cut_at_line_ends(tmp_path):
-    text = "".join(f"zeile ä {i}\n" for i in range(100)).encode()
-    path = tmp_path / "a.txt"
-    path.write_bytes(text)
-    pieces = list(read_pieces(path, max_bytes=64))
-    assert b"".join(piece for _, piece in pieces) == text
-    assert len(pieces) == -(-len(text) // 64)
-    assert all(piece.endswith(b"\n") for _, piece in pieces)
-    assert max(len(piece) for _, piece in pieces) < 64 + 16
-    for start in (1, 7, len(pieces)):
-        assert list(read_pieces(path, start=start, max_bytes=64)) == pieces[start:]
-    assert list(read_pieces(path, max_bytes=len(text))) == [(0, text)]
-    assert list(read_pieces(path, start=1)) == []
-
-
-def test_files_without_lines_are_cut_between_characters(tmp_path):
-    text = "\u20ac" * 50_000
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    pieces = [piece for _, piece in read_pieces(tmp_path / "a.txt", max_bytes=10_000)]
-    assert len(pieces) == 15
-    assert "".join(piece.decode() for piece in pieces) == text
 
 
 def test_pieces_of_a_file_share_its_key(tmp_path):

@@ -1,0 +1,1 @@
+"""Bridges to code that people have: Hugging Face Transformers and torchscale."""

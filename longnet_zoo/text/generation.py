@@ -1,0 +1,156 @@
+"""Writes on from texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from longnet_zoo.models.text_decoder import LongNetLM
+from longnet_zoo.tokenizers import Tokenizer
+
+from .checks import check_vocabulary
+
+__all__ = ["generate_text"]
+
+# A character of UTF-8 has up to four bytes, each a token of its own for some tokenizers.
+_TOKENS_PER_CHARACTER = 4
+_UNFINISHED = "\ufffd"
+
+
+@overload
+def generate_text(model: LongNetLM, tokenizer: Tokenizer, prompts: str, **options: Any) -> str: ...
+
+
+@overload
+def generate_text(
+    model: LongNetLM, tokenizer: Tokenizer, prompts: Sequence[str], **options: Any
+) -> list[str]: ...
+
+
+def generate_text(
+    model: LongNetLM,
+    tokenizer: Tokenizer,
+    prompts: str | Sequence[str],
+    *,
+    max_new_tokens: int = 256,
+    stop_strings: Sequence[str] = (),
+    on_text: Callable[[str], object] | None = None,
+    **options: Any,
+) -> str | list[str]:
+    """Writes on from one text or several, up to the end of the document.
+
+    Args:
+        model: A causal model, in evaluation mode.
+        tokenizer: The tokenizer of its text, of `longnet_zoo.tokenizers.load_tokenizer`.
+        prompts: What to write on from; "" begins a document.
+        max_new_tokens: Most tokens to write after a text.
+        stop_strings: Texts that end the answer and are no part of it.
+        on_text: Called with each stretch of text as soon as it is certain, for a single prompt.
+        **options: As for `LongNetLM.generate`: `temperature`, `top_k`, `top_p`, `min_p`,
+            `repetition_penalty`, `seed`, `chunk_size`.
+
+    Returns:
+        What was written, without the prompt: a text for a text, else a list of them.
+
+    Raises:
+        ValueError: If the tokenizer has ids that the model lacks, `on_text` is given for several
+            prompts, there is no prompt, or as `LongNetLM.generate`.
+        TypeError: As `LongNetLM.generate`.
+
+    Example:
+        >>> model = lz.create_model("longnet_lm_tiny", pretrained="model.safetensors").eval()
+        >>> tokenizer = load_tokenizer("bytes")
+        >>> text = generate_text(model, tokenizer, "def ", temperature=0.8, seed=0)
+    """
+    is_one = isinstance(prompts, str)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts or (on_text is not None and not is_one):
+        raise ValueError(
+            f"prompts must be a text or some, and a single text with on_text, got {prompts!r}."
+        )
+    check_vocabulary(model, tokenizer)
+    special = {tokenizer.mask_id, tokenizer.pad_id} - {tokenizer.eod_id}
+    tokens, padding_mask = _encode(texts, tokenizer)
+    device = next(model.parameters()).device
+    stream = _TextStream(tokenizer, stop_strings, on_text or (lambda text: None))
+    new = model.generate(
+        tokens.to(device),
+        key_padding_mask=padding_mask.to(device) if padding_mask.any() else None,
+        max_new_tokens=max_new_tokens,
+        stop_ids=[tokenizer.eod_id],
+        stop_strings=stop_strings,
+        tokenizer=tokenizer,
+        banned_ids=sorted(x for x in special if x is not None),
+        streamer=None if on_text is None else stream.put,
+        **options,
+    )
+    stream.end()
+    written = [_before(tokenizer.decode(row), stop_strings) for row in new.tolist()]
+    return written[0] if is_one else written
+
+
+def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Makes a right-padded batch, (b, t), and its padding mask."""
+    rows = []
+    for text, ids in zip(texts, tokenizer.encode_batch([x.encode() for x in texts]), strict=True):
+        # What follows the end of a document is the beginning of another.
+        rows.append(torch.tensor(ids.tolist() if text else [tokenizer.eod_id]))
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = pad_sequence(rows, batch_first=True, padding_value=tokenizer.eod_id)
+    return tokens, torch.arange(tokens.shape[1]) >= lengths[:, None]
+
+
+class _TextStream:
+    """Says text as it comes: whole characters, and nothing that may begin a stop string."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop_strings: Sequence[str], on_text: Callable[[str], object]
+    ) -> None:
+        self._tokenizer, self._stop_strings, self._on_text = tokenizer, stop_strings, on_text
+        # Tokens whose text is out, since some tokenizers put spaces between tokens; and others.
+        self._context: list[int] = []
+        self._pending: list[int] = []
+        self._held = ""
+        self._is_stopped = False
+
+    def put(self, tokens: Tensor) -> None:
+        self._pending.append(int(tokens[0]))
+        before = self._tokenizer.decode(self._context)
+        text = self._tokenizer.decode([*self._context, *self._pending])
+        if text.endswith(_UNFINISHED) and len(self._pending) < _TOKENS_PER_CHARACTER:
+            return
+        self._context, self._pending = self._pending, []
+        self._say(text[len(before) :])
+
+    def end(self) -> None:
+        if self._pending:
+            before = self._tokenizer.decode(self._context)
+            self._say(self._tokenizer.decode([*self._context, *self._pending])[len(before) :])
+        if self._held and not self._is_stopped:
+            self._on_text(self._held)
+
+    def _say(self, new: str) -> None:
+        text = self._held + new
+        self._is_stopped |= any(string in text for string in self._stop_strings)
+        text = _before(text, self._stop_strings)
+        held = 0
+        if not self._is_stopped:
+            held = max((_begun(text, string) for string in self._stop_strings), default=0)
+        certain, self._held = text[: len(text) - held], text[len(text) - held :]
+        if certain:
+            self._on_text(certain)
+
+
+def _begun(text: str, string: str) -> int:
+    """Counts the characters at the end of a text that a string begins with, less than all."""
+    sizes = range(len(string) - 1, 0, -1)
+    return next((size for size in sizes if text.endswith(string[:size])), 0)
+
+
+def _before(text: str, stop_strings: Sequence[str]) -> str:
+    """Cuts a text before the first stop string."""
+    return text[: min((text.index(x) for x in stop_strings if x in text), default=len(text))]

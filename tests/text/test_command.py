@@ -1,0 +1,73 @@
+"""`longnet-zoo generate` and `longnet-zoo stream`."""
+
+import json
+import re
+
+import pytest
+from safetensors.torch import save_file
+
+from longnet_zoo.cli import main
+from longnet_zoo.factory import create_model
+from longnet_zoo.text import generate_text, score_file
+from longnet_zoo.tokenizers import ByteTokenizer
+
+OPTIONS = {"embed_dim": 24, "num_layers": 1, "num_heads": 4}
+FLAGS = [f"--option={name}={value}" for name, value in OPTIONS.items()]
+
+
+@pytest.fixture
+def weights(tmp_path):
+    model = create_model("longnet_lm_tiny", **OPTIONS).eval()
+    save_file(dict(model.state_dict()), tmp_path / "w.safetensors")
+    return model, tmp_path / "w.safetensors"
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"the quick brown fox\n" * 50)
+    return path
+
+
+def test_stream_prints_the_score(weights, file, capsys):
+    model, path = weights
+    main(["stream", "--file", str(file), "--pretrained", str(path), *FLAGS, "--chunk-size=300"])
+    captured = capsys.readouterr()
+    expected = score_file(model, file, ByteTokenizer())
+    assert f"a.txt: {expected.bits_per_byte:.4f} bits per byte over 1,000 bytes" in captured.out
+    assert "100 %" in captured.err
+    assert "drawn at random" not in captured.err
+    main(["stream", "--file", str(file), "--pretrained", str(path), *FLAGS, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-5)
+    assert (found["num_tokens"], found["num_bytes"]) == (1000, 1000)
+
+
+def test_generate_prints_as_it_writes(weights, capsys):
+    model, path = weights
+    flags = ["--pretrained", str(path), *FLAGS, "--max-new-tokens=30", "--seed=3", "--top-k=5"]
+    main(["generate", "def ", *flags])
+    expected = generate_text(
+        model, ByteTokenizer(), "def ", max_new_tokens=30, seed=3, top_k=5, temperature=0.8
+    )
+    shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in expected)
+    assert capsys.readouterr().out == f"def {shown}\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["stream", "--file", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
+        (["generate", "a", "--model", "longnet_mlm_tiny"], "causal model of text, .* 'longnet_mlm"),
+        (["generate", "a", "--top-p", "2", *FLAGS], r"top_p must be None, or in \(0, 1\], got 2.0"),
+        (["generate", "a", "--option", "x"], "--option must be NAME=VALUE, got 'x'"),
+        (["generate", "a", "--tokenizer", "none.json"], "there is no file none.json"),
+        (["generate", "a", "--device", "tpu"], "device must be 'auto', .* got 'tpu'"),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(args, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(args)
+    assert error.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(message, last), last
