@@ -37,6 +37,17 @@ QUESTIONS = {
         "One attention layer with its projections. Every length runs in turn with the shortest: "
         "`of the shortest's` is the ratio of times per token. `MiB` is beyond the input.",
     ),
+    "streaming": (
+        "What does a stream cost?",
+        "A causal model with random weights, and the Python files of the standard library. Reading "
+        "is `longnet-zoo stream`: `MiB` is the resident memory of the process (on a GPU what "
+        "PyTorch has there) after the chunk that reaches this token, `most / first` the most of "
+        "it after any chunk so far over that right after the first of the longest segments. At "
+        "the end of a segment nothing of it is kept, so chunks that end there need no cache. "
+        "Writing is `model.generate`, each position in turn, with a cache that keeps what can "
+        "still be seen, or one pass over all tokens for each. The score is the same either way; "
+        "its `peak MiB` is beyond the weights.",
+    ),
     "models": (
         "What does a training step cost?",
         "Forward, backward and AdamW of one sequence; `MiB` is the peak beyond weights and "

@@ -82,6 +82,28 @@ def _draw_length(document: Document) -> Figure:
     return _draw(document, panels, "One attention layer, by length")
 
 
+def _draw_streaming(document: Document) -> Figure:
+    """Memory while reading, and the time of a token after ever more of them."""
+    memory: dict[str, list[tuple[float, float]]] = {}
+    times: dict[str, list[tuple[float, float]]] = {}
+    for cell in figures(document):
+        if cell["part"] == "reading":
+            name = f"in chunks of {cell['chunk_size']:,}"
+            memory.setdefault(name, []).append((cell["position"], cell["resident_mib"]))
+        elif cell["part"] == "writing":
+            name = "with a cache" if cell["is_cached"] else "one pass for each"
+            times.setdefault(name, []).append((cell["position"], cell["median_ms"]))
+    panels = [
+        Panel(title=title, lines=lines, x_label="tokens read before", y_scale=scale)
+        for title, lines, scale in (
+            ("resident memory while reading, MiB", memory, "linear"),
+            ("milliseconds to write a token", times, "log"),
+        )
+        if lines
+    ]
+    return _draw(document, panels, f"Streaming through {document['settings']['model']}")
+
+
 def _draw_models(document: Document) -> Figure:
     cells = figures(document)
     panels = [
@@ -98,6 +120,7 @@ def _draw_models(document: Document) -> Figure:
 DRAWN: dict[str, Callable[[Document], Figure]] = {
     "kernels": _draw_kernels,
     "length": _draw_length,
+    "streaming": _draw_streaming,
     "models": _draw_models,
     "bench": draw_bench,
 }

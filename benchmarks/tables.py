@@ -170,10 +170,54 @@ def _slide_encoder(document: Document) -> list[str]:
     return ["", *table([size, "ratio"], rows)]
 
 
+def _streaming(document: Document) -> list[str]:
+    """Reading, writing, score: a table for each part that has figures."""
+    parts: dict[str, list[dict[str, Any]]] = {"reading": [], "writing": [], "score": []}
+    for cell in figures(document):
+        parts[cell["part"]].append(cell)
+    columns = ["MiB", "beyond the start", "of it the cache", "most / first", "tokens/s"]
+    reading = [
+        [
+            f"{cell['position']:,}, by {cell['chunk_size']:,}",
+            *(_short(cell[name]) for name in ("resident_mib", "extra_mib", "cache_mib")),
+            f"{cell['ratios']['most_over_first']:.3f}",
+            _short(cell["tokens_per_s"]),
+        ]
+        for cell in parts["reading"]
+    ]
+    writing = [
+        [
+            f"{cell['position']:,}, {'with a cache' if cell['is_cached'] else 'one pass each'}",
+            *(_short(cell[name]) for name in ("median_ms", "low_ms", "high_ms")),
+            _ratio(cell, "time_over_shortest"),
+        ]
+        for cell in parts["writing"]
+    ]
+    score = [
+        [
+            f"{cell['num_bytes']:,}, {cell['way']}",
+            f"{cell['bits_per_byte']:.4f}",
+            f"{cell['difference']:.1e}",
+            _short(cell["peak_extra_mib"]),
+            _ratio(cell, "memory_over_one_pass"),
+        ]
+        for cell in parts["score"]
+    ]
+    lines = []
+    for header, rows in (
+        (["tokens read", *columns], reading),
+        (["a token after", "ms", "20 %", "80 %", "of the shortest's"], writing),
+        (["bytes", "bits per byte", "less one pass", "peak MiB", "of one pass"], score),
+    ):
+        lines += ["", *table(header, rows)] if rows else []
+    return [*lines, *_reasons(document, lambda cell: cell["part"])]
+
+
 # Programme -> lines of Markdown of its results.
 TABLES: dict[str, Callable[[Document], list[str]]] = {
     "kernels": _kernels,
     "length": _length,
+    "streaming": _streaming,
     "models": _models,
     "memory": _memory,
     "bench": _bench,

@@ -107,7 +107,7 @@ class GeneratesText:
         is_stopped = _StopRules(stop_ids, stop_strings, tokenizer)
         fill = _fill_id(fill_id, stop_ids, stop_strings, batch=len(tokens))
         _check_numbers(self, max_new_tokens, chunk_size, (*stop_ids, *banned_ids, fill))
-        check_tokens(tokens, vocab_size=self.embedding.num_embeddings)
+        check_tokens(tokens, vocab_size=self.config.vocab_size, length="prompt_len")
         cache = self.make_cache(len(tokens)) if cache is None else cache
         generator = None
         if seed is not None:
@@ -248,7 +248,7 @@ def _check_numbers(
             raise TypeError(f"{name} must be an integer, got {value!r}.")
         if value < 1:
             raise ValueError(f"{name} must be 1 or more, got {value}.")
-    if model.embedding is None or model.config.head_size != model.embedding.num_embeddings:
+    if model.config.vocab_size is None or model.config.head_size != model.config.vocab_size:
         raise ValueError(
             "generate needs a model whose head predicts the tokens it reads, got "
             f"vocab_size={model.config.vocab_size} and {model.config.head_size} outputs."

@@ -263,7 +263,8 @@ class TextModel(ZooModel):
             raise ValueError(
                 "this model has no token embedding (vocab_size=None). Pass inputs_embeds."
             )
-        check_tokens(tokens, vocab_size=self.embedding.num_embeddings)
+        # By the weight, since adapters put a module of their own in this place.
+        check_tokens(tokens, vocab_size=self.embedding.weight.shape[0])
 
     def _check_embeds(self, inputs_embeds: Tensor) -> None:
         embed_dim = self.config.embed_dim
