@@ -20,6 +20,7 @@ from torch.nn import functional
 
 import longnet_zoo as lz
 from longnet_zoo.layers import MemorySaving
+from longnet_zoo.text.generation import printable
 from longnet_zoo.tokenizers import Tokenizer
 from recipes.callbacks import ExactResumption, SkippedSamples, Throughput
 from recipes.captioning_data import CaptionDataModule
@@ -30,7 +31,6 @@ from recipes.classifiers import changed_options, check_modality
 from recipes.cli import run
 from recipes.optimization import OptimizationConfig, total_grad_norm
 from recipes.run_folder import update_record
-from recipes.sampling import printable
 from recipes.text_packing import IGNORE_INDEX
 from recipes.trainer_batches import run_steps
 

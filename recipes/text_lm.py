@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import longnet_zoo as lz
 from longnet_zoo.layers import MemorySaving
 from longnet_zoo.parallel import Layout
+from longnet_zoo.text.generation import generate_text, printable
 from longnet_zoo.tokenizers import Tokenizer
 from recipes.callbacks import ExactResumption, Throughput
 from recipes.checkpoints import check_checkpoint
@@ -28,7 +29,7 @@ from recipes.cli import run
 from recipes.context_warmup import ContextWarmup
 from recipes.metrics import BitsPerByte
 from recipes.optimization import OptimizationConfig, total_grad_norm
-from recipes.sampling import SamplingConfig, printable
+from recipes.sampling import SamplingConfig
 from recipes.text_data import TextDataModule
 from recipes.text_packing import IGNORE_INDEX, Objective
 from recipes.text_parts import shard_batch
@@ -235,16 +236,8 @@ class TextLM(L.LightningModule):
     def sample(self, prompt: str) -> str:
         """Returns a prompt and the model's continuation of it."""
         assert self.tokenizer is not None
-        special = {self.tokenizer.mask_id, self.tokenizer.pad_id} - {None}
-        ids = torch.from_numpy(self.tokenizer.encode_batch([prompt.encode()])[0].astype("int64"))
-        new = self.model.generate(
-            ids[None].to(self.device),
-            **self.sampling.options(),
-            stop_ids=[self.tokenizer.eod_id],
-            tokenizer=self.tokenizer,
-            banned_ids=sorted(special),
-        )
-        return printable(prompt + self.tokenizer.decode(new[0].tolist()))
+        text = generate_text(self.model, self.tokenizer, prompt, **self.sampling.options())
+        return printable(prompt + text)
 
     def progress_text(self, metrics: dict[str, float]) -> str:
         """Returns what a progress bar shows of the newest metrics."""

@@ -10,9 +10,10 @@ the data module masks the tokens (`data.objective: masked`).
 
 import torch
 
+from longnet_zoo.text.generation import printable
 from longnet_zoo.tokenizers import Tokenizer
 from recipes.cli import run
-from recipes.sampling import fill, printable
+from recipes.sampling import fill
 from recipes.text_data import TextDataModule
 from recipes.text_lm import TextLM
 from recipes.text_packing import Objective

@@ -14,7 +14,7 @@ from torch import Tensor
 from longnet_zoo.ops.sampling import Sampling, draw_tokens
 from longnet_zoo.ops.streaming import StreamingCache
 
-from .checks import check_mask, check_on_the_right, check_tokens
+from .checks import check_mask, check_on_the_right, check_tokens, integer_list
 
 if TYPE_CHECKING:
     from .text import TextModel
@@ -104,10 +104,14 @@ class GeneratesText:
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
+        stop_ids = integer_list("stop_ids", stop_ids)
+        banned_ids = integer_list("banned_ids", banned_ids)
+        _check_numbers(self, max_new_tokens, chunk_size, seed)
+        _check_ids(self, stop_ids=stop_ids, banned_ids=banned_ids, fill_id=fill_id)
+        check_tokens(tokens, vocab_size=self.config.vocab_size, length="prompt_len")
+        _check_prompts(tokens, key_padding_mask)
         is_stopped = _StopRules(stop_ids, stop_strings, tokenizer)
         fill = _fill_id(fill_id, stop_ids, stop_strings, batch=len(tokens))
-        _check_numbers(self, max_new_tokens, chunk_size, (*stop_ids, *banned_ids, fill))
-        check_tokens(tokens, vocab_size=self.config.vocab_size, length="prompt_len")
         cache = self.make_cache(len(tokens)) if cache is None else cache
         generator = None
         if seed is not None:
@@ -198,14 +202,7 @@ def _read_prompt(
     """Reads the prompts: features of the last token of each, (b, e)."""
     lengths = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
     if padding_mask is not None:
-        check_mask("key_padding_mask", padding_mask, tuple(tokens.shape))
-        check_on_the_right("key_padding_mask", padding_mask)
         lengths = (~padding_mask).sum(1)
-        empty = (lengths == 0).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(
-                f"key_padding_mask must leave each prompt a token, got none for prompts {empty}."
-            )
     last: Tensor | None = None
     for start, chunk, mask in _chunks(tokens, padding_mask, chunk_size):
         features = model.forward_features(chunk, key_padding_mask=mask, cache=cache)
@@ -240,9 +237,21 @@ def _fill_id(
     return next(iter(stop_ids), 0)
 
 
-def _check_numbers(
-    model: Any, max_new_tokens: int, chunk_size: int, token_ids: Sequence[int]
-) -> None:
+def _check_prompts(tokens: Tensor, padding_mask: Tensor | None) -> None:
+    if padding_mask is None:
+        return
+    check_mask("key_padding_mask", padding_mask, tuple(tokens.shape))
+    check_on_the_right("key_padding_mask", padding_mask)
+    empty = padding_mask.all(1).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"key_padding_mask must leave each prompt a token, got none for prompts {empty}."
+        )
+
+
+def _check_numbers(model: Any, max_new_tokens: int, chunk_size: int, seed: int | None) -> None:
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
+        raise ValueError(f"seed must be None or an integer in [0, 2**63), got {seed!r}.")
     for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size)):
         if type(value) is not int:
             raise TypeError(f"{name} must be an integer, got {value!r}.")
@@ -253,9 +262,11 @@ def _check_numbers(
             "generate needs a model whose head predicts the tokens it reads, got "
             f"vocab_size={model.config.vocab_size} and {model.config.head_size} outputs."
         )
-    wrong = [x for x in token_ids if type(x) is not int or not 0 <= x < model.config.head_size]
-    if wrong:
-        raise ValueError(
-            f"stop_ids, banned_ids and fill_id must be in [0, {model.config.head_size}), got "
-            f"{wrong}."
-        )
+
+
+def _check_ids(model: Any, *, fill_id: int | None, **ids: list[int]) -> None:
+    ids["fill_id"] = [] if fill_id is None else integer_list("fill_id", [fill_id])
+    for name, own in ids.items():
+        wrong = [x for x in own if not 0 <= x < model.config.head_size]
+        if wrong:
+            raise ValueError(f"{name} must be in [0, {model.config.head_size}), got {wrong}.")

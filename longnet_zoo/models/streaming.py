@@ -39,21 +39,20 @@ def run_stream(
     Raises:
         ValueError: If padding is not on the right.
         TypeError: If the mask is not bool.
+        RuntimeError: If an earlier call with the cache was interrupted.
     """
     num_tokens = [x.shape[1]] * len(x)
     if key_padding_mask is not None:
         check_mask("key_padding_mask", key_padding_mask, tuple(x.shape[:2]))
         check_on_the_right("key_padding_mask", key_padding_mask)
         num_tokens = (~key_padding_mask).sum(1).tolist()
-    stretches = cache.plan(num_tokens)
-    if len(stretches) == 1 and min(num_tokens) == x.shape[1]:
-        out = _run(stack, x, cache, stretches[0])
-    else:
+    with cache.reading(num_tokens) as stretches:
+        if len(stretches) == 1 and min(num_tokens) == x.shape[1]:
+            return _run(stack, x, cache, stretches[0])
         out = torch.zeros_like(x)
         for stretch in stretches:
             own = x[stretch.rows, : stretch.length]
             out[stretch.rows, : stretch.length] = _run(stack, own, cache, stretch)
-    cache.advance(num_tokens)
     return out
 
 
@@ -92,9 +91,10 @@ def check_cache(
         raise ValueError(
             "a cache needs a model in evaluation mode, got one in training mode. Call model.eval()."
         )
-    if torch.is_grad_enabled() and x.requires_grad:
+    needs_grad = x.requires_grad or any(weight.requires_grad for weight in model.parameters())
+    if torch.is_grad_enabled() and needs_grad:
         raise ValueError(
-            "no gradient flows through a cache, got embeddings that require one. Use "
+            "no gradient flows through a cache, got embeddings or weights that require one. Use "
             "torch.no_grad() or torch.inference_mode()."
         )
 

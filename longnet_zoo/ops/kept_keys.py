@@ -13,7 +13,8 @@ d head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -63,7 +64,8 @@ class KeptKeys:
         self._heads_per_key = group_size if all(len(set(x)) == 1 for x in groups) else 1
         self._copies = group_size // self._heads_per_key
         shape = (batch_size, num_heads // self._heads_per_key, 0, k.shape[3])
-        self.k, self.v = k.new_zeros(shape), k.new_zeros(shape)
+        with _plain_tensors():
+            self.k, self.v = k.new_zeros(shape), k.new_zeros(shape)
         self._middle = 0.0
         if xpos_scale_base is not None:
             reach = xpos_reach(scale_base=xpos_scale_base, is_causal=True, dtype=k.dtype)
@@ -145,7 +147,8 @@ class KeptKeys:
 
     def reorder(self, rows: Tensor) -> None:
         """Takes these rows of the batch, which may repeat."""
-        self.k, self.v = self.k[rows], self.v[rows]
+        with _plain_tensors():
+            self.k, self.v = self.k[rows], self.v[rows]
 
     def xpos_factors(self, first: int, like: Tensor) -> Tensor:
         """Makes the factors of queries at the rows from `first` on: (t, 1, d) for (b, t, u, d)."""
@@ -202,9 +205,13 @@ class KeptKeys:
             logits = logits + self._bias(bias, places, num_rows, q.device)[:, heads].to(dtype)
         if is_reached is not None:
             logits = logits.masked_fill(~is_reached[:, :, :num_rows], float("-inf"))
+            # A weight of zero would not silence a NaN of an earlier segment.
+            v = v.masked_fill(~is_reached[:, :, :num_rows].any(1)[:, None, :, None], 0.0)
         new_lse = logits.logsumexp(-1)
         weights = torch.exp(logits - new_lse.nan_to_num(neginf=float("inf")).unsqueeze(-1))
         new_out = (weights.unflatten(1, (k.shape[1], -1)) @ v).flatten(1, 2)
+        if is_reached is not None:
+            new_out = new_out.masked_fill(new_lse.isneginf().unsqueeze(-1), 0.0)
         merge_(out[:, heads], lse[:, heads], new_out, new_lse)
 
     def _bias(
@@ -217,8 +224,7 @@ class KeptKeys:
         """Evaluates the bias of each query and kept row: (1 or b, h, t)."""
         current = torch.tensor([place // self.rate for place in places], device=device)
         distances = (torch.arange(num_rows, device=device) - current[:, None]) * self.rate
-        # What lies ahead in a row that is behind others is masked.
-        logits = bias(distances.clamp(max=0).flatten())
+        logits = bias(distances.flatten())
         return logits.unflatten(1, distances.shape).transpose(0, 1)
 
     def _reached(self, places: list[int], device: torch.device) -> Tensor:
@@ -247,10 +253,18 @@ class KeptKeys:
         most = -(-self.segment_length // self.rate)
         wanted = max(num_rows, 2 * have)
         new = min(most, wanted + -wanted % _ROWS_PER_STEP)
-        self.k, self.v = (
-            torch.cat([x, x.new_zeros(*x.shape[:2], new - have, x.shape[3])], dim=2)
-            for x in (self.k, self.v)
-        )
+        with _plain_tensors():
+            self.k, self.v = (
+                torch.cat([x, x.new_zeros(*x.shape[:2], new - have, x.shape[3])], dim=2)
+                for x in (self.k, self.v)
+            )
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Makes tensors that can be written to both in inference mode and without."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _factors(

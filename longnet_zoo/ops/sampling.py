@@ -11,9 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
+
+from .arguments import can_read
 
 __all__ = ["Sampling", "draw_tokens"]
 
@@ -34,7 +37,7 @@ class Sampling:
 
     Raises:
         ValueError: If a value is out of range.
-        TypeError: If `top_k` is no integer.
+        TypeError: If a value is no number.
     """
 
     temperature: float = 0.0
@@ -46,6 +49,11 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.top_k is not None and type(self.top_k) is not int:
             raise TypeError(f"top_k must be None or an integer, got {self.top_k!r}.")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if not is_number and not (value is None and name in ("top_p", "min_p")):
+                raise TypeError(f"{name} must be a number, got {value!r}.")
         for name, value, is_right, rule in (
             ("temperature", self.temperature, _is_in(self.temperature, 0.0), "0 or more"),
             ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "None, or 1 or more"),
@@ -83,7 +91,8 @@ def draw_tokens(
         Token ids, int64 (batch,).
 
     Raises:
-        ValueError: If logits are NaN, so that there is nothing to draw.
+        ValueError: If the largest logit of a row is not finite: there are NaN among them, or all
+            tokens are banned.
     """
     logits = logits.float()
     if seen is not None and sampling.repetition_penalty != 1.0:
@@ -92,12 +101,22 @@ def draw_tokens(
         logits = torch.where(seen, penalized, logits)
     if banned_ids:
         logits = logits.index_fill(1, torch.tensor(banned_ids, device=logits.device), -torch.inf)
+    largest = logits.amax(-1, keepdim=True)
+    if can_read(largest) and not bool(largest.isfinite().all()):
+        rows = (~largest.isfinite()).flatten().nonzero().flatten().tolist()
+        raise ValueError(
+            "the largest logit of each row must be finite, and that of rows "
+            f"{rows} is {largest[rows[0]].item()}: the model has overflowed, or all tokens are "
+            f"banned ({len(banned_ids)} of {logits.shape[1]} are)."
+        )
     if sampling.temperature == 0.0:
         return logits.argmax(-1)
-    logits = logits / sampling.temperature
+    # The difference first: divided by next to nothing, the logits themselves would overflow.
+    logits = (logits - largest) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[1]:
-        least = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        likeliest = logits.topk(sampling.top_k)
+        left_out = torch.full_like(logits, -torch.inf)
+        logits = left_out.scatter(1, likeliest.indices, likeliest.values)
     if sampling.top_p is not None:
         logits = _nucleus(logits, sampling.top_p)
     probabilities = logits.softmax(-1)

@@ -11,6 +11,7 @@ Shape legend: b batch, n new tokens, h num_heads, d head_dim.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -84,8 +85,10 @@ class StreamingCache:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         self.pattern = pattern
+        self._num_layers = num_layers
         self._lengths = [0] * batch_size
-        self._layers = [_LayerKeys(pattern, batch_size) for _ in range(num_layers)]
+        self._layers: list[_LayerKeys] = []
+        self.reset()
 
     @property
     def lengths(self) -> list[int]:
@@ -100,7 +103,7 @@ class StreamingCache:
     @property
     def num_layers(self) -> int:
         """Layers that keep something."""
-        return len(self._layers)
+        return self._num_layers
 
     @property
     def num_bytes(self) -> int:
@@ -111,6 +114,8 @@ class StreamingCache:
     def reset(self) -> None:
         """Forgets what was read: the next tokens are the first ones."""
         self._lengths = [0] * self.batch_size
+        self._layers = [_LayerKeys(self.pattern, self.batch_size) for _ in range(self._num_layers)]
+        self._is_spoiled = False
 
     def reorder(self, rows: Tensor) -> None:
         """Takes these rows as the new batch, as beam search does.
@@ -119,8 +124,12 @@ class StreamingCache:
             rows: Numbers of rows, int64 (new_batch,); a row may come several times or not at all.
 
         Raises:
+            TypeError: If these are no integers.
             ValueError: If a row does not exist.
         """
+        if not isinstance(rows, Tensor) or rows.dtype not in (torch.int64, torch.int32):
+            kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+            raise TypeError(f"rows must be an int64 tensor of row numbers, got {kind}.")
         numbers = rows.tolist()
         if rows.ndim != 1 or not numbers or not all(0 <= x < self.batch_size for x in numbers):
             raise ValueError(
@@ -140,7 +149,15 @@ class StreamingCache:
         Returns:
             Rows that stand at the same position and get as many tokens are read together; so are
             all rows that get a single one.
+
+        Raises:
+            RuntimeError: If an earlier call was interrupted.
         """
+        if self._is_spoiled:
+            raise RuntimeError(
+                "an earlier call was interrupted when some layers had read its tokens and others "
+                "had not, so what the cache keeps is of no use. Call cache.reset() and read again."
+            )
         groups: dict[tuple[int, int], list[int]] = {}
         for row, (start, length) in enumerate(zip(self._lengths, num_tokens, strict=True)):
             key = (-1, 1) if length == 1 else (start, length)
@@ -151,8 +168,17 @@ class StreamingCache:
             for (_, length), rows in groups.items()
         ]
 
-    def advance(self, num_tokens: Sequence[int]) -> None:
-        """Counts tokens as read, once all layers have read them."""
+    @contextmanager
+    def reading(self, num_tokens: Sequence[int]) -> Iterator[list[Stretch]]:
+        """Counts tokens as read once all layers have read the stretches that it yields."""
+        stretches = self.plan(num_tokens)
+        for layer in self._layers:
+            layer.has_changed = False
+        try:
+            yield stretches
+        except BaseException:
+            self._is_spoiled = any(layer.has_changed for layer in self._layers)
+            raise
         self._lengths = [start + x for start, x in zip(self._lengths, num_tokens, strict=True)]
 
     def attention_ops(self, stretch: Stretch) -> list[Any]:
@@ -167,12 +193,16 @@ class _LayerKeys:
         self.pattern = pattern
         self.batch_size = batch_size
         self.branches: list[KeptKeys] = []
+        self.has_changed = False  # since whoever cares has set it to False
+        self._made_for: dict[str, Any] = {}
 
     def reorder(self, rows: Tensor) -> None:
         self.batch_size = len(rows)
         for keys in self.branches:
             keys.reorder(rows)
 
+    # A graph would be for one position.
+    @torch.compiler.disable
     @torch.no_grad()
     def attend(
         self,
@@ -201,22 +231,42 @@ class _LayerKeys:
                 f"a stream has no attention dropout, got dropout_p={dropout_p}. Call model.eval()."
             )
         check_arguments(q, k, v, pattern, bias, None, None, 0.0, backend)
-        if not self.branches:
-            self.branches = [
-                KeptKeys(
-                    pattern,
-                    branch,
-                    q,
-                    k,
-                    batch_size=self.batch_size,
-                    xpos_scale_base=xpos_scale_base,
-                )
-                for branch in range(len(pattern.branches))
-            ]
+        self._make_branches(q, k, xpos_scale_base)
         with torch.autocast(q.device.type, enabled=False):
             if stretch.is_step:
                 return self._attend_step(q, k, v, stretch, bias, xpos_scale_base)
             return self._attend_stretch(q, k, v, stretch, bias, xpos_scale_base, backend)
+
+    def _make_branches(self, q: Tensor, k: Tensor, xpos_scale_base: float | None) -> None:
+        """Makes what is kept, by the first tokens; checks that later ones are alike."""
+        asked = {
+            "dtype": k.dtype,
+            "device": k.device,
+            "heads": (q.shape[2], k.shape[2]),
+            "head_dim": k.shape[3],
+            "xpos_scale_base": xpos_scale_base,
+        }
+        if self.branches:
+            other = {name: x for name, x in asked.items() if x != self._made_for[name]}
+            if other:
+                kept = {name: self._made_for[name] for name in other}
+                raise ValueError(
+                    f"a cache goes on as it began, with {kept}, got {other}. Call cache.reset(), "
+                    "and read all with the same model, device and autocast."
+                )
+            return
+        self._made_for = asked
+        self.branches = [
+            KeptKeys(
+                self.pattern,
+                branch,
+                q,
+                k,
+                batch_size=self.batch_size,
+                xpos_scale_base=xpos_scale_base,
+            )
+            for branch in range(len(self.pattern.branches))
+        ]
 
     def _attend_step(
         self,
@@ -239,6 +289,7 @@ class _LayerKeys:
         q, k, v = q[0], k[0], v[0]
         out = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
         lse = out.new_full(q.shape[:2], float("-inf"))
+        self.has_changed = True
         for keys in self.branches:
             keys.join_step(
                 q,
@@ -289,6 +340,7 @@ class _LayerKeys:
                 **shared,
             )
             out, _ = self._problem(q, options, stretch).forward(q, k, v)
+        self.has_changed = True
         for keys in self.branches:
             keys.append(self._rows(stretch), k, v, start)
         return out

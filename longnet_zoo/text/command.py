@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import time
@@ -17,7 +18,7 @@ from longnet_zoo.factory import create_model
 from longnet_zoo.models.text_decoder import LongNetLM
 from longnet_zoo.tokenizers import Tokenizer, load_tokenizer
 
-from .generation import generate_text
+from .generation import generate_text, printable
 from .score import FileScore, score_file
 
 if TYPE_CHECKING:
@@ -82,20 +83,26 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an option of the model, such as segment_lengths=2048,65536; repeatable",
+        help="an option of the model, such as segment_lengths=2048,65536 (of one: 2048,); "
+        "repeatable",
     )
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.add_argument("--dtype", choices=_DTYPES, default="float32", help="default: float32")
 
 
 def _generate(options: argparse.Namespace) -> None:
+    if options.seed is not None:
+        torch.manual_seed(options.seed)  # also of weights that are drawn
     model, tokenizer = _model(options)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    waiting = [options.prompt]
 
     def show(text: str) -> None:
-        sys.stdout.write(_printable(text))
+        sys.stdout.write(printable("".join([*waiting, text])))
         sys.stdout.flush()
+        waiting.clear()
 
-    show(options.prompt)
     generate_text(
         model,
         tokenizer,
@@ -110,7 +117,7 @@ def _generate(options: argparse.Namespace) -> None:
         seed=options.seed,
         on_text=show,
     )
-    sys.stdout.write("\n")
+    show("\n")
 
 
 def _stream(options: argparse.Namespace) -> None:
@@ -176,8 +183,3 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-
-
-def _printable(text: str) -> str:
-    """Replaces what could move a terminal's cursor."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -14,11 +14,12 @@ from longnet_zoo.tokenizers import Tokenizer
 
 from .checks import check_vocabulary
 
-__all__ = ["generate_text"]
+__all__ = ["generate_text", "printable"]
 
-# A character of UTF-8 has up to four bytes, each a token of its own for some tokenizers.
-_TOKENS_PER_CHARACTER = 4
-_UNFINISHED = "\ufffd"
+# What the bytes of a character that is not whole yet are decoded as, up to three of them.
+_UNFINISHED, _MOST_OPEN = "\ufffd", 3
+# Tokens of the prompt behind which new ones are read.
+_CONTEXT = 8
 
 
 @overload
@@ -67,6 +68,8 @@ def generate_text(
         >>> text = generate_text(model, tokenizer, "def ", temperature=0.8, seed=0)
     """
     is_one = isinstance(prompts, str)
+    if not is_one and not all(isinstance(text, str) for text in prompts):
+        raise TypeError(f"prompts must be a text or texts, got {prompts!r}.")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts or (on_text is not None and not is_one):
         raise ValueError(
@@ -76,7 +79,8 @@ def generate_text(
     special = {tokenizer.mask_id, tokenizer.pad_id} - {tokenizer.eod_id}
     tokens, padding_mask = _encode(texts, tokenizer)
     device = next(model.parameters()).device
-    stream = _TextStream(tokenizer, stop_strings, on_text or (lambda text: None))
+    contexts = [row[:length][-_CONTEXT:] for row, length in _real(tokens, padding_mask)]
+    stream = _TextStream(tokenizer, stop_strings, on_text or _say_nothing, contexts[0])
     new = model.generate(
         tokens.to(device),
         key_padding_mask=padding_mask.to(device) if padding_mask.any() else None,
@@ -89,56 +93,82 @@ def generate_text(
         **options,
     )
     stream.end()
-    written = [_before(tokenizer.decode(row), stop_strings) for row in new.tolist()]
+    written = [
+        _before(_text_behind(context, row, tokenizer), stop_strings)
+        for context, row in zip(contexts, new.tolist(), strict=True)
+    ]
     return written[0] if is_one else written
+
+
+def printable(text: str) -> str:
+    """Replaces what could move a terminal's cursor or is no text by U+FFFD."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     """Makes a right-padded batch, (b, t), and its padding mask."""
     rows = []
-    for text, ids in zip(texts, tokenizer.encode_batch([x.encode() for x in texts]), strict=True):
+    for ids in tokenizer.encode_batch([text.encode() for text in texts]):
         # What follows the end of a document is the beginning of another.
-        rows.append(torch.tensor(ids.tolist() if text else [tokenizer.eod_id]))
+        rows.append(torch.tensor(ids.tolist() or [tokenizer.eod_id]))
     lengths = torch.tensor([len(row) for row in rows])
     tokens = pad_sequence(rows, batch_first=True, padding_value=tokenizer.eod_id)
     return tokens, torch.arange(tokens.shape[1]) >= lengths[:, None]
 
 
+def _real(tokens: Tensor, padding_mask: Tensor) -> list[tuple[list[int], int]]:
+    """The tokens of each row, and how many are no padding."""
+    return list(zip(tokens.tolist(), (~padding_mask).sum(1).tolist(), strict=True))
+
+
+def _text_behind(context: list[int], ids: list[int], tokenizer: Tokenizer) -> str:
+    """Decodes tokens as they read behind others."""
+    return tokenizer.decode([*context, *ids])[len(tokenizer.decode(context)) :]
+
+
+def _say_nothing(text: str) -> None:
+    pass
+
+
 class _TextStream:
-    """Says text as it comes: whole characters, and nothing that may begin a stop string."""
+    """Says text as it comes: whole characters, and nothing that may begin a stop string.
+
+    The text of a token depends on the one before it for some tokenizers, so tokens are read behind
+    some of the prompt.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop_strings: Sequence[str], on_text: Callable[[str], object]
+        self,
+        tokenizer: Tokenizer,
+        stop_strings: Sequence[str],
+        on_text: Callable[[str], object],
+        context: Sequence[int] = (),
     ) -> None:
         self._tokenizer, self._stop_strings, self._on_text = tokenizer, stop_strings, on_text
-        # Tokens whose text is out, since some tokenizers put spaces between tokens; and others.
-        self._context: list[int] = []
-        self._pending: list[int] = []
+        self._context, self._pending = list(context), list[int]()
+        # Of the text of both, what is certain; and of that, what is not said yet.
+        self._num_read = len(tokenizer.decode(self._context))
         self._held = ""
-        self._is_stopped = False
 
     def put(self, tokens: Tensor) -> None:
         self._pending.append(int(tokens[0]))
-        before = self._tokenizer.decode(self._context)
         text = self._tokenizer.decode([*self._context, *self._pending])
-        if text.endswith(_UNFINISHED) and len(self._pending) < _TOKENS_PER_CHARACTER:
-            return
-        self._context, self._pending = self._pending, []
-        self._say(text[len(before) :])
+        num_open = min(len(text) - len(text.rstrip(_UNFINISHED)), _MOST_OPEN)
+        self._read(text[: len(text) - num_open])
+        if not num_open:
+            self._context, self._pending = self._pending, []
+            self._num_read = len(self._tokenizer.decode(self._context))
 
     def end(self) -> None:
-        if self._pending:
-            before = self._tokenizer.decode(self._context)
-            self._say(self._tokenizer.decode([*self._context, *self._pending])[len(before) :])
-        if self._held and not self._is_stopped:
+        self._read(self._tokenizer.decode([*self._context, *self._pending]))
+        if self._held:
             self._on_text(self._held)
 
-    def _say(self, new: str) -> None:
-        text = self._held + new
-        self._is_stopped |= any(string in text for string in self._stop_strings)
-        text = _before(text, self._stop_strings)
+    def _read(self, text: str) -> None:
+        new, self._num_read = text[self._num_read :], max(self._num_read, len(text))
+        text = _before(self._held + new, self._stop_strings)
         held = 0
-        if not self._is_stopped:
+        if text == self._held + new:
             held = max((_begun(text, string) for string in self._stop_strings), default=0)
         certain, self._held = text[: len(text) - held], text[len(text) - held :]
         if certain:

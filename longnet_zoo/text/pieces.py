@@ -32,7 +32,10 @@ def read_pieces(
 
     Raises:
         OSError: The file cannot be read.
+        ValueError: `max_bytes` is below 1.
     """
+    if max_bytes is not None and max_bytes < 1:
+        raise ValueError(f"max_bytes must be 1 or more, got {max_bytes}.")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if max_bytes is None or size <= max_bytes:
@@ -57,4 +60,4 @@ def _boundary(file: BinaryIO, place: int) -> int:
         return place + line_end + 1
     # Bytes 10xxxxxx continue a character of UTF-8, which has at most four bytes.
     starts = (i for i, byte in enumerate(ahead[:4]) if byte & 0xC0 != 0x80)
-    return place + next(starts, 0)
+    return place + next(starts, len(ahead) if len(ahead) < 4 else 0)

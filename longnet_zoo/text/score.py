@@ -49,8 +49,9 @@ class FileScore:
 
     @property
     def perplexity(self) -> float:
-        """Exp of the mean loss of a token."""
-        return math.exp(self.nats / self.num_tokens)
+        """The exponential of the mean loss of a token; infinite where no float holds it."""
+        mean = self.nats / self.num_tokens
+        return math.exp(mean) if mean < 700 else math.inf
 
 
 @torch.no_grad()
@@ -78,9 +79,9 @@ def score_file(
         The score.
 
     Raises:
-        ValueError: If the file is empty, the tokenizer has ids that the model lacks, or the model
-            is in training mode.
-        TypeError: If the model is not a causal model of text.
+        ValueError: If the file is no file or holds no text, the tokenizer has ids that the model
+            lacks, or the model is in training mode.
+        TypeError: If the model is not a causal model of text, or `chunk_size` no integer.
         OSError: If the file cannot be read.
 
     Example:
@@ -90,8 +91,12 @@ def score_file(
     """
     check_vocabulary(model, tokenizer)
     size = _chunk_size(model.config.pattern) if chunk_size is None else chunk_size
+    if type(size) is not int:
+        raise TypeError(f"chunk_size must be an integer, got {size!r}.")
     if size < 1:
         raise ValueError(f"chunk_size must be 1 or more, got {size}.")
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"what is scored must be a file, got {path}. Write pipes to one first.")
     device = next(model.parameters()).device
     cache = model.make_cache()
     score = FileScore()
@@ -108,8 +113,11 @@ def score_file(
         )
         if on_progress is not None:
             on_progress(score)
-    if not score.num_tokens:
-        raise ValueError(f"a file to score must hold text, got {path}, which is empty.")
+    if not score.num_bytes:
+        raise ValueError(
+            f"a file to score must hold text, got {path} with {Path(path).stat().st_size} bytes, "
+            f"of which the tokenizer makes {score.num_tokens} tokens and no text."
+        )
     return score
 
 

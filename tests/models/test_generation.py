@@ -117,6 +117,19 @@ def test_streamer_sees_every_step(model):
     assert torch.stack(steps, dim=1).equal(got)
 
 
+def test_stop_strings_may_have_characters_of_several_bytes(model):
+    model = create_model("longnet_lm_tiny", **{**TEXT, "vocab_size": 259}, **PATTERN).eval()
+
+    class Emoji:
+        def decode(self, ids):
+            return "".join("\U0001f600" if len(ids) >= 12 else "." for _ in ids[:3])
+
+    got = model.generate(
+        prompts(1), max_new_tokens=30, stop_strings=["\U0001f600" * 3], tokenizer=Emoji()
+    )
+    assert got.shape[1] == 12
+
+
 def test_stop_strings_end_a_row():
     model = create_model("longnet_lm_tiny", **{**TEXT, "vocab_size": 259}, **PATTERN).eval()
     prompt = torch.tensor([list(b"hello")])
@@ -137,7 +150,17 @@ def test_stop_strings_end_a_row():
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be 1 or more, got 0"),
         ({"max_new_tokens": 1.0}, TypeError, "max_new_tokens must be an integer, got 1.0"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be 1 or more, got 0"),
-        ({"stop_ids": [61]}, ValueError, r"must be in \[0, 61\), got \[61, 61\]"),
+        ({"stop_ids": [61]}, ValueError, r"stop_ids must be in \[0, 61\), got \[61\]"),
+        ({"banned_ids": [-1]}, ValueError, r"banned_ids must be in \[0, 61\), got \[-1\]"),
+        ({"fill_id": 99}, ValueError, r"fill_id must be in \[0, 61\), got \[99\]"),
+        ({"stop_ids": 5}, TypeError, "stop_ids must be a sequence of integers, got 5"),
+        ({"seed": 1.5}, ValueError, r"seed must be None or an integer in .*, got 1.5"),
+        ({"tokens": torch.full((2, 3), 61)}, ValueError, "61"),
+        (
+            {"key_padding_mask": torch.zeros(2, 22), "repetition_penalty": 2.0},
+            TypeError,
+            "key_padding_mask must be bool, got torch.float32",
+        ),
         ({"stop_strings": "x"}, TypeError, "must be texts that are not empty, got 'x'"),
         ({"stop_strings": ["x"]}, ValueError, r"stop_strings=\('x',\) need tokenizer"),
         (
@@ -155,7 +178,7 @@ def test_stop_strings_end_a_row():
 )
 def test_bad_options_are_refused(model, options, error, message):
     with pytest.raises(error, match=message):
-        model.generate(prompts(), **{"max_new_tokens": 3, **options})
+        model.generate(**{"tokens": prompts(), "max_new_tokens": 3, **options})
 
 
 def test_models_that_cannot_write_are_refused(model):

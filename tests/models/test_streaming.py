@@ -79,6 +79,7 @@ def test_rows_at_different_positions_equal_each_alone(pattern, num_kv_heads):
             mask = torch.arange(max(news)) >= torch.tensor(news)[:, None]
             got = model(piece, cache=cache, key_padding_mask=mask if mask.any() else None)
             for row, new in enumerate(news):
+                assert (model.forward_head(torch.zeros(24)) == got[row, new:]).all()
                 if new:
                     assert_near(got[row, :new], whole[row, at[row] : at[row] + new])
                 at[row] += new
@@ -129,6 +130,99 @@ def test_reordered_rows_go_on_as_those_they_came_from():
     assert_near(got, model(tokens)[rows, 60:])
     with pytest.raises(ValueError, match=r"rows must be numbers in \[0, 4\), .* got \[4\]"):
         cache.reorder(torch.tensor([4]))
+    with pytest.raises(TypeError, match=r"must be an int64 tensor of row numbers, got torch.bool"):
+        cache.reorder(torch.tensor([True, False, False, True]))
+    with pytest.raises(TypeError, match="must be an int64 tensor of row numbers, got list"):
+        cache.reorder([0])
+    early = model.make_cache()
+    early.reorder(torch.zeros(3, dtype=torch.int64))
+    assert_near(model(tokens, cache=early), model(tokens))
+
+
+def test_an_interrupted_call_spoils_the_cache_until_its_reset():
+    model = make()
+    tokens = draw()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        whole = model(tokens)
+        cache = model.make_cache(2)
+        model(tokens[:, :50], cache=cache)
+        hook = model.stack.blocks[1].register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            model(tokens[:, 50:90], cache=cache)
+        hook.remove()
+        with pytest.raises(RuntimeError, match=r"was interrupted .* Call cache.reset\(\)"):
+            model(tokens[:, 50:70], cache=cache)
+        cache.reset()
+        assert_near(model(tokens, cache=cache), whole)
+
+
+def test_inference_mode_may_come_and_go():
+    model = make()
+    tokens = draw()
+    cache = model.make_cache(2)
+    got = []
+    for number, piece in enumerate(tokens.split([50, 1, 20, 1, 29], dim=1)):
+        with torch.inference_mode(number % 2 == 0), torch.no_grad():
+            got.append(model(piece, cache=cache).clone())
+            cache.reorder(torch.arange(2))
+    with torch.no_grad():
+        assert_near(torch.cat(got, dim=1), model(tokens))
+
+
+@torch.no_grad()
+def test_autocast_streams():
+    model = make()
+    tokens = draw()
+    cache = model.make_cache(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = [model(x, cache=cache) for x in tokens.split([50, 1, 50], dim=1)]
+        usual = (model(tokens) - model(tokens.clone())).abs().max() + 0.1
+        assert (torch.cat(got, dim=1) - model(tokens)).abs().max() < usual
+    with pytest.raises(ValueError, match=r"goes on as it began, with .*bfloat16.* got .*float32"):
+        model(tokens, cache=cache)
+
+
+@torch.no_grad()
+def test_a_reset_cache_serves_another_model_of_its_kind():
+    cache = make(xpos_scale_base=16.0, num_kv_heads=2).make_cache(2)
+    tokens = draw()
+    make(xpos_scale_base=16.0, num_kv_heads=2)(tokens, cache=cache)
+    other = make()
+    with pytest.raises(ValueError, match=r"'xpos_scale_base': 16.0.* got .*512.0"):
+        other(tokens, cache=cache)
+    cache.reset()
+    assert_near(other(tokens, cache=cache), other(tokens))
+
+
+@torch.no_grad()
+def test_nan_of_an_earlier_segment_reaches_no_row():
+    model = make(position=None, num_layers=1, segment_lengths=(8,), dilation_rates=(1,))
+    embeds = torch.randn(2, 40, 24)
+    embeds[:, 5] = torch.nan
+    cache = model.make_cache(2)
+    mask = torch.arange(14) >= torch.tensor([[14], [9]])
+    model(inputs_embeds=embeds[:, :14], cache=cache, key_padding_mask=mask)
+    for step in range(4):
+        new = torch.stack([embeds[0, 14 + step], embeds[1, 9 + step]])[:, None]
+        assert model(inputs_embeds=new, cache=cache).isfinite().all()
+
+
+@torch.no_grad()
+def test_compiled_model_makes_no_graph_per_step():
+    torch.compiler.reset()
+    model = make(num_layers=1)
+    tokens = draw()
+    compiled = torch.compile(model, backend="eager")
+    cache = model.make_cache(2)
+    steps = tokens[:, :12].split(1, dim=1)
+    got = [compiled(step, cache=cache) for step in steps[:3]]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        got += [compiled(step, cache=cache) for step in steps[3:]]
+    assert_near(torch.cat(got, dim=1), model(tokens[:, :12]))
 
 
 @torch.no_grad()
@@ -184,6 +278,17 @@ def test_what_cannot_stream_is_refused():
         model(tokens[:1], cache=model.make_cache(), cu_seqlens=boundaries)
     with pytest.raises(ValueError, match="no gradient flows through a cache"):
         model(tokens, cache=model.make_cache(2))
+    model.embedding.requires_grad_(False)
+    with pytest.raises(ValueError, match="no gradient flows through a cache"):
+        model(inputs_embeds=torch.randn(2, 5, 24), cache=model.make_cache(2))
+    (stretch,) = model.make_cache().plan([3])
+    op = model.make_cache().attention_ops(stretch)[0]
+    heads = [torch.randn(1, 3, 4, 6) for _ in range(3)]
+    options = {"bias": None, "xpos_scale_base": None, "backend": "auto", "dropout_p": 0.0}
+    with pytest.raises(ValueError, match=r"stream has no attention dropout, got dropout_p=0.1"):
+        op(*heads, model.config.pattern, is_causal=True, **{**options, "dropout_p": 0.1})
+    with pytest.raises(ValueError, match="and is_causal=False"):
+        op(*heads, model.config.pattern, is_causal=False, **options)
     with pytest.raises(ValueError, match="in evaluation mode, got one in training mode"):
         model.train()(tokens, cache=model.make_cache(2))
     mask = torch.zeros(2, SEQ_LEN, dtype=torch.bool)

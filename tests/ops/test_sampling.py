@@ -51,6 +51,25 @@ def test_penalty_divides_positive_and_multiplies_negative_logits():
     torch.testing.assert_close(found, expected, atol=0.012, rtol=0)
 
 
+def test_top_k_takes_no_more_among_equals():
+    found = shares(Sampling(temperature=1.0, top_k=2), torch.zeros(5))
+    assert (found > 0).sum() == 2
+
+
+def test_next_to_no_temperature_takes_the_likeliest():
+    logits = torch.tensor([[1e30, 3e30, 2e30]])
+    assert draw_tokens(logits, Sampling(temperature=1e-30)).tolist() == [1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_to_draw_is_an_error(temperature):
+    sampling = Sampling(temperature=temperature)
+    with pytest.raises(ValueError, match=r"that of rows \[1\] is nan"):
+        draw_tokens(torch.tensor([[0.0, 1.0], [0.0, torch.nan]]), sampling)
+    with pytest.raises(ValueError, match=r"is -inf: .* all tokens are banned \(4 of 4 are\)"):
+        draw_tokens(LOGITS[None], sampling, banned_ids=range(4))
+
+
 def test_a_generator_repeats_its_draws():
     sampling = Sampling(temperature=1.0)
     first, second, other = (
@@ -68,6 +87,8 @@ def test_a_generator_repeats_its_draws():
         ({"temperature": -0.1}, ValueError, "temperature must be 0 or more, got -0.1"),
         ({"temperature": float("nan")}, ValueError, "temperature must be 0 or more, got nan"),
         ({"top_k": 0}, ValueError, "top_k must be None, or 1 or more, got 0"),
+        ({"temperature": "0.5"}, TypeError, "temperature must be a number, got '0.5'"),
+        ({"min_p": True}, TypeError, "min_p must be a number, got True"),
         ({"top_k": 1.5}, TypeError, "top_k must be None or an integer, got 1.5"),
         ({"top_p": 0.0}, ValueError, r"top_p must be None, or in \(0, 1\], got 0.0"),
         ({"min_p": 1.1}, ValueError, r"min_p must be None, or in \(0, 1\], got 1.1"),

@@ -41,6 +41,11 @@ def test_stream_prints_the_score(weights, file, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-5)
     assert (found["num_tokens"], found["num_bytes"]) == (1000, 1000)
+    half = ["--pretrained", str(path), *FLAGS, "--json", "--dtype=bfloat16", "--chunk-size=9"]
+    main(["stream", "--file", str(file), *half])
+    rounded = json.loads(capsys.readouterr().out)["bits_per_byte"]
+    assert rounded != found["bits_per_byte"]
+    assert rounded == pytest.approx(found["bits_per_byte"], rel=0.01)
 
 
 def test_generate_prints_as_it_writes(weights, capsys):
@@ -52,6 +57,35 @@ def test_generate_prints_as_it_writes(weights, capsys):
     )
     shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in expected)
     assert capsys.readouterr().out == f"def {shown}\n"
+
+
+def test_every_option_of_generate_reaches_the_text(weights, capsys):
+    _, path = weights
+    flags = ["--pretrained", str(path), *FLAGS, "--max-new-tokens=40", "--seed=3"]
+
+    def written(*more):
+        main(["generate", "x", *flags, *more])
+        return capsys.readouterr().out
+
+    plain = written()
+    assert written() == plain
+    text = plain[1:-1]
+    assert written("--stop", text[9:12]) == f"x{text[: text.index(text[9:12])]}\n"
+    for option in ("--temperature=0", "--top-k=2", "--top-p=0.1", "--min-p=0.9"):
+        assert written(option) != plain, option
+    assert written("--repetition-penalty=5") != plain
+
+
+def test_a_seed_also_draws_the_weights(capsys):
+    args = ["generate", "x", *FLAGS, "--max-new-tokens=20", "--seed=3"]
+    outs = [main(args) or capsys.readouterr().out for _ in range(2)]
+    assert outs[0] == outs[1]
+
+
+def test_nothing_is_printed_before_an_error(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "hello", *FLAGS, "--temperature=-1"])
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Reading a file in pieces."""
 
+import pytest
+
 from longnet_zoo.text.pieces import read_pieces
 
 
@@ -24,3 +26,16 @@ def test_files_without_lines_are_cut_between_characters(tmp_path):
     pieces = [piece for _, piece in read_pieces(tmp_path / "a.txt", max_bytes=10_000)]
     assert len(pieces) == 15
     assert "".join(piece.decode() for piece in pieces) == text
+
+
+def test_the_last_character_of_a_file_is_whole(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 9 + "\u20ac", encoding="utf-8")
+    pieces = [piece for _, piece in read_pieces(tmp_path / "a.txt", max_bytes=10)]
+    assert b"".join(pieces).decode() == "x" * 9 + "\u20ac"
+    assert all(piece.decode() for piece in pieces if piece)
+
+
+def test_pieces_have_a_size(tmp_path):
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(ValueError, match="max_bytes must be 1 or more, got 0"):
+        next(read_pieces(tmp_path / "a.txt", max_bytes=0))

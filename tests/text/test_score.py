@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from longnet_zoo.factory import create_model
+from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.text import score, score_file
 from longnet_zoo.tokenizers import ByteTokenizer, JsonTokenizer
 
@@ -50,6 +51,14 @@ def test_usual_chunks_end_with_the_longest_segment():
     assert score._chunk_size(model.config.pattern) == 8192
     longer = create_model("longnet_lm_tiny", segment_lengths=(16384,), dilation_rates=(1,))
     assert score._chunk_size(longer.config.pattern) == 16384
+    # Too long to read at once, too short to be worth it, and without common borders.
+    for lengths in ((65536,), (64,), (5000, 12000)):
+        pattern = DilatedPattern(segment_lengths=lengths, dilation_rates=(1,) * len(lengths))
+        assert score._chunk_size(pattern) == 8192
+
+
+def test_hopeless_perplexity_is_infinite():
+    assert score.FileScore(num_bytes=1, num_tokens=1, nats=1e4).perplexity == math.inf
 
 
 def test_parts_of_words_count_their_bytes(file, tmp_path):
@@ -76,8 +85,12 @@ def test_parts_of_words_count_their_bytes(file, tmp_path):
 
 def test_what_cannot_be_scored_is_refused(model, file, tmp_path):
     (tmp_path / "empty").touch()
-    with pytest.raises(ValueError, match=r"must hold text, got .*empty, which is empty"):
+    with pytest.raises(ValueError, match=r"must hold text, got .*empty with 0 bytes, .* 0 tokens"):
         score_file(model, tmp_path / "empty", ByteTokenizer())
+    with pytest.raises(ValueError, match="must be a file, got"):
+        score_file(model, tmp_path, ByteTokenizer())
+    with pytest.raises(TypeError, match=r"chunk_size must be an integer, got 2.5"):
+        score_file(model, file, ByteTokenizer(), chunk_size=2.5)
     with pytest.raises(ValueError, match="chunk_size must be 1 or more, got 0"):
         score_file(model, file, ByteTokenizer(), chunk_size=0)
     small = create_model("longnet_lm_tiny", **SMALL, vocab_size=100).eval()
