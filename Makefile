@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist wor
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train vision slides image-text captioning audio multimodal test test-fast lint format bench clean FORCE
+.PHONY: help setup train vision slides image-text captioning audio multimodal finetune test test-fast lint format bench clean FORCE
 
 help: ## List the targets
 	@echo "Usage: make TARGET [PYTHON=python3.12] [VENV=.venv] [ARGS=...]"
@@ -47,6 +47,10 @@ audio: $(VENV)/.ready ## Train a small audio model on recordings of instruments
 multimodal: $(VENV)/.ready ## Train one model on pictures, sounds and a question, any of which may be missing
 	$(RUN) -m recipes.multimodal fit --config configs/multimodal/quickstart.yaml $(ARGS)
 
+finetune: $(VENV)/.ready ## Train a small Llama on code, then LoRA adapters of it on prose, with dilated attention
+	test -f runs/finetune_base/model/model.safetensors || $(RUN) -m recipes.finetune_lora_quickstart
+	$(RUN) -m recipes.finetune_lora fit --config configs/finetune/quickstart.yaml $(ARGS)
+
 test: lint ## Run every check: ruff, mypy, all tests
 	$(PYTEST) $(ARGS)
 
@@ -62,7 +66,7 @@ format: $(VENV)/.ready ## Mend style where it can be done automatically
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: $(VENV)/.ready ## Run the benchmarks on the CPU and write docs/performance.md (30 minutes)
+bench: $(VENV)/.ready ## Run the benchmarks on the CPU and write docs/performance.md (35 minutes)
 	$(RUN) -m benchmarks.kernels --device cpu --output $(RESULTS)/kernels-cpu.json $(ARGS)
 	$(RUN) -m benchmarks.length --device cpu --output $(RESULTS)/length-cpu.json $(ARGS)
 	$(RUN) -m benchmarks.models --device cpu --num-layers 2 --rounds 3 \
@@ -70,6 +74,7 @@ bench: $(VENV)/.ready ## Run the benchmarks on the CPU and write docs/performanc
 	$(RUN) -m benchmarks.memory --output $(RESULTS)/memory-cpu.json
 	$(RUN) -m benchmarks.slide_encoder --output $(RESULTS)/slide-cpu.json
 	$(RUN) -m longnet_zoo.cli bench --device cpu --output $(RESULTS)/bench-cpu $(filter --resume,$(ARGS))
+	$(RUN) -m benchmarks.streaming --device cpu --output $(RESULTS)/streaming-cpu.json $(ARGS)
 	$(RUN) -m benchmarks.performance
 
 clean: ## Remove the virtual environment and caches; runs/ stays

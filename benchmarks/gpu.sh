@@ -132,6 +132,14 @@ step 45 "bench" "$PYTHON" -m longnet_zoo.cli bench --resume --no-picture --outpu
   $(sizes "--device cuda --dtype bfloat16 --max-seq-len 131072 --num-seq-lens 7" \
     "--device cpu --max-seq-len 256 --num-seq-lens 2 --num-iter 2 --num-heads 2 --emb-dim 16")
 
+# What a causal model costs that reads and writes piece by piece.
+# shellcheck disable=SC2046,SC2086
+step 60 "streaming" "$PYTHON" -m benchmarks.streaming --resume --no-picture \
+  --output "$OUT/streaming-$kind.json" \
+  $(sizes "--device cuda --dtype bfloat16 --model longnet_lm_base --chunk-sizes 24000 32768" \
+    "$small --num-bytes 400 --chunk-sizes 100 128 --positions 10 100 --uncached-positions 10 \
+    --score-bytes 300")
+
 # The tables once more, without the lines of JSON.
 grep -v '^{' "$OUT/gpu.log" | cut -c1-160 | tail -n 150
 echo "== done in $SECONDS s, results in $OUT"

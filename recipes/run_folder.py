@@ -53,6 +53,8 @@ _ENTRIES = (
     "retrieval.png",
     "queries.png",
     "captions.png",
+    "adapter",
+    "merged",
 )
 
 

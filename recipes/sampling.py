@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longnet_zoo.ops.sampling import Sampling
 
-__all__ = ["SamplingConfig", "fill", "printable"]
+__all__ = ["SamplingConfig", "fill"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,3 @@ def fill(model: Any, tokens: Tensor, *, mask_id: int, banned_ids: Sequence[int] 
     logits = model.forward_head(model.forward_features(tokens[None]))[0]
     logits[:, [mask_id, *banned_ids]] = float("-inf")
     return torch.where(tokens == mask_id, logits.argmax(-1), tokens)
-
-
-def printable(text: str) -> str:
-    """Replaces what could move a terminal's cursor or is no text by U+FFFD."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.sh"
-PROGRAMMES = ["pytest", "kernels", "length", "length", "models", "models", "longnet_zoo.cli"]
+PROGRAMMES = [
+    "pytest",
+    "kernels",
+    "length",
+    "length",
+    "models",
+    "models",
+    "longnet_zoo.cli",
+    "streaming",
+]
 # Code 0 for the checks of the script itself; `$CODES` gives that of a programme, its last argument
 # list goes to `$CALLS`.
 STAND_IN = """#!/bin/sh
@@ -174,11 +183,11 @@ def test_dry_run_leaves_a_whole_file_for_every_step(tmp_path):
     done = run(tmp_path, sys.executable, "--dry-run")
     assert done.returncode == 0, (tmp_path / "out" / "gpu.log").read_text()
     files = {path.stem: path for path in (tmp_path / "out").glob("*.json")}
-    names = ["kernels", "length", "length-pieces", "models", "models-million", "bench"]
+    names = ["kernels", "length", "length-pieces", "models", "models-million", "bench", "streaming"]
     assert set(files) == {f"{name}-dry" for name in names}
     for path in files.values():
         document = json.loads(path.read_text())
         assert document["is_complete"]
         assert document["cells"]
     # No more files than a machine may be asked to send back.
-    assert len(list((tmp_path / "out").iterdir())) <= 8
+    assert len(list((tmp_path / "out").iterdir())) <= 9

@@ -113,9 +113,7 @@ class GeneratesText:
         is_stopped = _StopRules(stop_ids, stop_strings, tokenizer)
         fill = _fill_id(fill_id, stop_ids, stop_strings, batch=len(tokens))
         cache = self.make_cache(len(tokens)) if cache is None else cache
-        generator = None
-        if seed is not None:
-            generator = torch.Generator(tokens.device).manual_seed(seed)
+        generator = _generator(seed, tokens.device)
         seen = _Seen(self.config.head_size, tokens, key_padding_mask, sampling)
         features = _read_prompt(self, tokens, key_padding_mask, cache, chunk_size)
         is_done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -222,6 +220,10 @@ def _chunks(
     for start in range(0, tokens.shape[1], size):
         own = slice(start, start + size)
         yield start, tokens[:, own], None if padding_mask is None else padding_mask[:, own]
+
+
+def _generator(seed: int | None, device: torch.device) -> torch.Generator | None:
+    return None if seed is None else torch.Generator(device).manual_seed(seed)
 
 
 def _fill_id(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from longnet_zoo.layers import TransformerStack
 from longnet_zoo.layers.attention import AttentionOp
-from longnet_zoo.ops.streaming import StreamingCache, Stretch
+from longnet_zoo.ops.streamed_attention import Stretch
+from longnet_zoo.ops.streaming import StreamingCache
 
 from .checks import check_mask, check_on_the_right
 
