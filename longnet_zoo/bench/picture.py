@@ -101,10 +101,11 @@ def _draw_lines(
     axes.set_xticks(places, [f"{x:,.0f}" for x in places], rotation=30, ha="right")
     axes.minorticks_off()
     axes.set_yscale(panel.y_scale)
+    values = [y for points in lines.values() for _, y in points]
     if panel.y_scale == "linear":
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(values))
     else:
-        _label_powers(axes, [y for points in lines.values() for _, y in points])
+        _label_powers(axes, values)
     axes.set_xlabel(panel.x_label, fontsize=9, color=_FAINT_INK)
     axes.grid(color=_GRID)
     axes.legend(fontsize=8.5, frameon=False)
