@@ -54,7 +54,8 @@ def test_each_backend_has_a_cell_with_figures_or_a_reason(tmp_path, capsys):
     cells = {cell["contender"]: cell for cell in document["cells"]}
     assert {f"dilated, {backend}" for backend in BACKENDS[1:]} < set(cells)
     assert cells["dilated, cudnn"]["reason"] == "backend 'cudnn' needs a CUDA device, got 'cpu'"
-    assert cells["torchscale"]["reason"].startswith("not installed (No module named 'torchscale'")
+    # Its release on the package index has no LongNet.
+    assert cells["torchscale"]["reason"].startswith("not installed (No module named 'torchscale")
     ours, dense = cells["dilated, sdpa"], cells["dense, flash"]
     usual = cells["usual pipeline"]
     for passed in PASSES:
