@@ -104,7 +104,12 @@ class LoraFinetuning(TextLM):
             chunk_size=chunk_size,
             quantization=quantization,
         )
-        self.model = AdaptedLM(base, lora=lora, gradient_checkpointing=gradient_checkpointing)
+        self.model = AdaptedLM(
+            base,
+            lora=lora,
+            gradient_checkpointing=gradient_checkpointing,
+            revision=(model_options or {}).get("revision"),
+        )
         self.context_warmup, self.sampling = context_warmup, sampling
         self.prompts = sampling.prompts or self.default_prompts
         self.tokenizer: Tokenizer | None = None
@@ -190,8 +195,8 @@ class LoraFinetuning(TextLM):
         """
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["hyper_parameters"]
-        for name in ("lora", "quantization", "pattern"):
-            if self.hparams[name] != saved[name]:
+        for name in ("model_options", "lora", "quantization", "pattern"):
+            if (self.hparams[name] or {}) != (saved[name] or {}):
                 raise ValueError(
                     f"adapters go on with the settings that they were trained with, got model."
                     f"{name}={self.hparams[name]} and a checkpoint of {saved[name]}. Set it to "

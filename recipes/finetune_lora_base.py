@@ -8,6 +8,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from longnet_zoo import DilatedPattern
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
-__all__ = ["Quantization", "has_linear_head", "load_base", "quietly"]
+__all__ = ["Quantization", "has_linear_head", "load_base", "load_whole", "quietly"]
 
 Quantization = Literal["none", "4bit"]
 
@@ -46,8 +47,6 @@ def load_base(
         ValueError: There is no such model, it lacks weights, or it sees what comes next.
         RuntimeError: bitsandbytes is needed and not installed.
     """
-    from transformers import AutoModelForCausalLM
-
     from longnet_zoo.interop.transformers import ATTENTION_NAME, patch_blockwise, set_pattern
 
     keywords = dict(options or {})
@@ -61,25 +60,12 @@ def load_base(
         keywords["attn_implementation"] = ATTENTION_NAME
     if quantization == "4bit":
         keywords |= {"quantization_config": _four_bits(), "device_map": {"": _device()}}
-    try:
-        with quietly():
-            model, found = AutoModelForCausalLM.from_pretrained(
-                name, output_loading_info=True, **keywords
-            )
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    if "subfolder" in keywords:
         raise ValueError(
-            "model_name must be the folder of a causal language model of Transformers, or its name "
-            f"on the hub, and model_options arguments of its from_pretrained, got {name!r} and "
-            f"{dict(options or {})}: {reason}"
-        ) from error
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"a base brings all its weights, and {name!r} has none for {', '.join(missing[:4])}"
-            f"{' and so on' if missing[4:] else ''} of {type(model).__name__}. Pass a model that "
-            "was saved with its language-model head."
+            "adapters remember the folder of their base alone, got model.model_options.subfolder="
+            f"{keywords['subfolder']!r}. Pass that folder as model.model_name."
         )
+    model = load_whole(name, **keywords)
     for module in model.modules():
         # On such CPUs bitsandbytes 0.50 turns weights, in an evaluation, into a form that has no
         # gradient, and leaves them so.
@@ -91,6 +77,43 @@ def load_base(
         # The recipe computes the loss by itself, token by token.
         patch_blockwise(model, chunk_size=chunk_size, use_chunked_loss=False)
     _check_causal(model, name)
+    return model
+
+
+def load_whole(name: str | Path, **keywords: Any) -> "PreTrainedModel":
+    """Loads a causal language model with all its weights, none of them drawn at random.
+
+    Args:
+        name: Folder that `save_pretrained` wrote, or name on the hub.
+        **keywords: Arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: There is no such model, an argument does not fit, or it lacks weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quietly():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                name, output_loading_info=True, **keywords
+            )
+    # Each class of models and each package below has its own kinds of errors.
+    except Exception as error:
+        given = {key: value for key, value in keywords.items() if key != "config"}
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            "a base must be the folder of a causal language model of Transformers, or its name on "
+            f"the hub, and model_options arguments of its from_pretrained, got {str(name)!r} and "
+            f"{given}: {reason}"
+        ) from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"a base brings all its weights, and {str(name)!r} has none for "
+            f"{', '.join(missing[:4])}{' and so on' if missing[4:] else ''} of "
+            f"{type(model).__name__}. Pass a model that was saved with its language-model head, "
+            "and for adapters the one that they were trained on."
+        )
     return model
 
 

@@ -22,7 +22,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from recipes.cli import report_error
-from recipes.finetune_lora_base import quietly
+from recipes.finetune_lora_base import load_whole, quietly
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -51,10 +51,10 @@ def load_adapted(adapter: str | Path, *, base: str | None = None) -> "PeftModel"
         base: Folder of the base, or its name on the hub; None takes that of the training.
 
     Raises:
-        ValueError: The folder holds no adapters.
+        ValueError: The folder holds no adapters, or the base lacks weights.
     """
     from peft import PeftConfig, PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     missing = [name for name in _ADAPTER_FILES if not Path(adapter, name).is_file()]
     if missing:
@@ -66,9 +66,12 @@ def load_adapted(adapter: str | Path, *, base: str | None = None) -> "PeftModel"
     config = AutoConfig.from_pretrained(adapter)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    name = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    trained = PeftConfig.from_pretrained(adapter)
+    keywords = {"config": config, **_attention(config)}
+    if trained.revision is not None and base is None:
+        keywords["revision"] = trained.revision
+    model = load_whole(base or trained.base_model_name_or_path, **keywords)
     with quietly():
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, **_attention(config))
         return PeftModel.from_pretrained(model, str(adapter))
 
 

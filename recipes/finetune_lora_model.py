@@ -7,6 +7,7 @@ Shapes: b batch, n seq_len, e embed_dim, v vocab_size.
 """
 
 import dataclasses
+import inspect
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -65,13 +66,19 @@ class AdaptedLM(nn.Module):
         lora: The adapters.
         gradient_checkpointing: Whether training keeps the inputs of layers only, and computes the
             rest again in the backward pass.
+        revision: Branch, tag or commit of the base on the hub, for whoever loads the adapters.
 
     Raises:
         ValueError: No layer has one of the names in `target_modules`.
     """
 
     def __init__(
-        self, base: "PreTrainedModel", *, lora: LoraOptions, gradient_checkpointing: bool = False
+        self,
+        base: "PreTrainedModel",
+        *,
+        lora: LoraOptions,
+        gradient_checkpointing: bool = False,
+        revision: str | None = None,
     ) -> None:
         super().__init__()
         import peft
@@ -88,7 +95,7 @@ class AdaptedLM(nn.Module):
         with quietly():
             if gradient_checkpointing:
                 base.gradient_checkpointing_enable({"use_reentrant": False})
-            self.peft = peft.get_peft_model(base, config)
+            self.peft = peft.get_peft_model(base, config, revision=revision)
         self.is_head_linear = has_linear_head(base)
         # A loaded model is in evaluation mode, which Lightning would keep.
         self.train()
@@ -221,6 +228,11 @@ def token_losses(
     """
     inputs = {"input_ids": tokens, "use_cache": False}
     if cu_seqlens is not None:
+        if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+            raise NotImplementedError(
+                "the boundaries of documents need a base with position_ids, got a "
+                f"{type(model).__name__}. Set data.confine_to_document to false."
+            )
         # Transformers takes positions that begin again for the boundaries of sequences.
         starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
         places = torch.arange(tokens.shape[1], device=tokens.device)

@@ -29,6 +29,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from longnet_zoo.layers import TransformerBlock
 from longnet_zoo.models import (
@@ -254,6 +255,7 @@ def _embedding_and_head(module: Any) -> dict[str, Any]:
 
 def _check_layers(body: Any, model: Any) -> None:
     """Checks what neither the options nor the names of weights show."""
+    _check_numbers(body, model.config)
     for number, (layer, block) in enumerate(zip(body.layers, model.stack.blocks, strict=False)):
         _check_layer(number, layer, block)
     for name, part in body.named_modules():
@@ -263,6 +265,29 @@ def _check_layers(body: Any, model: Any) -> None:
                 f"{name}.p must be args.{option}={getattr(model.config, option)}, as torchscale "
                 f"made it, got {part.p}. Set both alike."
             )
+
+
+def _check_numbers(body: Any, config: Any) -> None:
+    """Checks that a module was built with its options: they may have been changed afterwards."""
+    is_scaled = getattr(config, "scale_embedding", False)
+    wanted = {
+        "num_heads": config.num_heads,
+        "scaling": config.head_dim**-0.5,
+        "eps": config.eps,
+        "activation_fn": functional.gelu,
+        "embed_scale": config.embed_dim**0.5 if is_scaled else 1.0,
+        "scale_base": getattr(config, "xpos_scale_base", None),
+        "max_distance": getattr(config, "relative_max_distance", None),
+    }
+    for name, part in body.named_modules():
+        for attribute, value in wanted.items():
+            found = getattr(part, attribute, value)
+            if found != value:
+                where = f"{name}.{attribute}" if name else attribute
+                raise ValueError(
+                    f"the module must be what its args say, by which {where} is {value}, got "
+                    f"{found}. Were args changed after it was built?"
+                )
 
 
 def _check_layer(number: int, layer: Any, block: TransformerBlock) -> None:

@@ -263,6 +263,11 @@ def _position(options: Mapping[str, Any], *, is_causal: bool) -> dict[str, Any]:
     if options["xpos_rel_pos"]:
         return {"position": "xpos", "xpos_scale_base": float(options["xpos_scale_base"])}
     if has_table:
+        if options["rel_pos_buckets"] % 2:
+            raise ValueError(
+                "rel_pos_buckets must be even, half of them for later keys, got "
+                f"{options['rel_pos_buckets']}."
+            )
         # A decoder never uses the half of its buckets that is for later keys.
         buckets = options["rel_pos_buckets"] // (2 if is_causal else 1)
         return {

@@ -320,3 +320,37 @@ def test_modules_without_a_counterpart_are_refused(torchscale):
     image = torch.randn(1, 3, 20, 20)
     ours = from_torchscale(beit3).forward_features(image)
     assert_close(ours, beit3(visual_tokens=image)["encoder_out"])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("decoder_attention_heads", 6, r"layers.0.self_attn.num_heads is 6, got 4"),
+        ("layernorm_eps", 1e-3, r"eps is 0.001, got 1e-05"),
+        ("no_scale_embedding", False, r"embed_scale is 4.*, got 1.0"),
+        ("xpos_scale_base", 99, r"scale_base is 99.0, got 512"),
+    ],
+)
+def test_options_changed_after_building_are_refused(torchscale, option, value, message):
+    args = torchscale.DecoderConfig(
+        **{f"decoder_{name}": size for name, size in SIZES.items()},
+        vocab_size=VOCAB_SIZE,
+        xpos_rel_pos=True,
+    )
+    module = torchscale.Decoder(args, nn.Embedding(VOCAB_SIZE, SIZES["embed_dim"]))
+    from_torchscale(module)
+    setattr(args, option, value)
+    with pytest.raises(ValueError, match=message):
+        from_torchscale(module)
+    setattr(args, option, getattr(torchscale.DecoderConfig(), option))
+    args.decoder_attention_heads = SIZES["attention_heads"]
+    module.layers[0].ffn.activation_fn = torch.relu
+    with pytest.raises(ValueError, match=r"ffn.activation_fn is .*gelu.*, got .*relu"):
+        from_torchscale(module)
+
+
+def test_odd_buckets_are_refused(torchscale):
+    sizes = {f"decoder_{name}": size for name, size in SIZES.items()}
+    args = torchscale.DecoderConfig(**sizes, rel_pos_buckets=33, max_rel_pos=64)
+    with pytest.raises(ValueError, match=r"rel_pos_buckets must be even, .* got 33"):
+        from_torchscale(torchscale.Decoder(args))

@@ -16,8 +16,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from longnet_zoo.interop.transformers import ATTENTION_NAME, set_pattern
+from longnet_zoo.interop.transformers import (
+    ATTENTION_NAME,
+    LongNetForCausalLM,
+    patch_blockwise,
+    set_pattern,
+)
 from longnet_zoo.interop.transformers.attention import attend_dilated
+from longnet_zoo.interop.transformers.attention_mask import tokens_or_boundaries
 from longnet_zoo.models.text_config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS
 from longnet_zoo.ops.dilated_attention import dilated_attention
 from longnet_zoo.ops.pattern import DilatedPattern
@@ -38,6 +44,7 @@ from .hugging_face_toys import (
     run,
     unpatched,
 )
+from .longnet_toys import make
 
 
 def defined_by_counts(
@@ -281,3 +288,22 @@ def test_values_may_have_fewer_channels_than_keys() -> None:
     torch.testing.assert_close(last_row, got[:, -1:])
     assert weights is None
     assert got.is_contiguous()
+
+
+def test_a_window_of_zero_is_none():
+    """As Qwen2-MoE has it."""
+    module, heads = torch.nn.Module(), torch.randn(1, 2, 9, 4)
+    module.is_causal = True
+    out, _ = attend_dilated(module, heads, heads, heads, None, sliding_window=0)
+    expected, _ = attend_dilated(module, heads, heads, heads, None)
+    assert torch.equal(out, expected)
+    options = {"batch_size": 1, "q_length": 9, "kv_length": 9, "local_size": 0}
+    assert tokens_or_boundaries(**options) is None
+
+
+def test_our_own_models_have_a_pattern_of_their_own():
+    model = make(LongNetForCausalLM)
+    with pytest.raises(ValueError, match=r"got another for a model with segment_lengths=\(5, 11\)"):
+        set_pattern(model, NESTED)
+    with pytest.raises(NotImplementedError, match="Pass use_chunked_loss=False"):
+        patch_blockwise(model)

@@ -188,6 +188,9 @@ def test_other_settings_than_those_of_the_checkpoint_are_refused(base, text, tmp
         "--model.lora.alpha=7": "'alpha': 7.*'alpha': 32",
         '--model.pattern={"segment_lengths":[8],"dilation_rates":[1]}': r"\[?8.*None",
         "--model.lora.rank=5": "mis-shaped",
+        '--model.model_options={"rope_parameters":{"rope_type":"default","rope_theta":50.0}}': (
+            "rope_theta.*None"
+        ),
     }.items():
         with pytest.raises(SystemExit):
             main(["validate", *args, change])

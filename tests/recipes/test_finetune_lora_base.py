@@ -21,7 +21,7 @@ from longnet_zoo import DilatedPattern
 from longnet_zoo.interop.transformers import ATTENTION_NAME, LongNetConfig, LongNetForCausalLM
 from longnet_zoo.tokenizers import ByteTokenizer
 from recipes.finetune_lora_base import load_base
-from recipes.finetune_lora_model import AdaptedLM, LoraOptions
+from recipes.finetune_lora_model import AdaptedLM, LoraOptions, token_losses
 from tests.recipes.finetune_runs import PATTERN, TOY, make_task, save_toy
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -65,7 +65,7 @@ def test_our_own_models_are_bases_too(tmp_path):
 
 
 def test_a_base_that_is_not_there_is_one_error(tmp_path):
-    with pytest.raises(ValueError, match=r"model_name must be the folder .* got '.*nowhere'"):
+    with pytest.raises(ValueError, match=r"a base must be the folder .* got '.*nowhere'"):
         load_base(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"got model_name=None\. Pass a folder"):
         make_task(None, model_name=None)
@@ -86,6 +86,31 @@ def test_what_is_no_language_model_is_refused(tmp_path):
     save_toy(ViTModel, ViTConfig(**SMALL, intermediate_size=16), tmp_path)
     with pytest.raises(ValueError, match=r"Unrecognized configuration class .*ViTConfig"):
         load_base(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float99"}, r"and \{'dtype': 'float99'\}"),
+        ({"num_attention_heads": 3}, "'num_attention_heads': 3"),
+        ({"subfolder": "model"}, "got model.model_options.subfolder='model'"),
+    ],
+)
+def test_wrong_options_of_the_base_are_refused(toy, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_base(str(toy), options=options)
+
+
+def test_our_own_models_have_a_pattern_and_no_documents(tmp_path):
+    config = LongNetConfig(vocab_size=50, embed_dim=16, num_layers=1, num_heads=2)
+    save_toy(LongNetForCausalLM, config, tmp_path)
+    with pytest.raises(ValueError, match="pattern of its own, got another for a model with"):
+        load_base(str(tmp_path), pattern=DilatedPattern(**PATTERN))
+    tokens, bounds = torch.arange(12)[None], torch.tensor([0, 5, 12])
+    with pytest.raises(NotImplementedError, match="with position_ids, got a LongNetForCausalLM"):
+        token_losses(
+            load_base(str(tmp_path)), tokens, tokens, is_head_linear=True, cu_seqlens=bounds
+        )
 
 
 def test_an_encoder_which_sees_the_next_token_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from longnet_zoo.interop.transformers import ATTENTION_NAME, set_pattern
 from recipes.checkpoints import last_checkpoint
 from recipes.finetune_lora import LoraFinetuning, main
 from recipes.finetune_lora_base import quietly
-from recipes.finetune_lora_merge import load_adapted, load_merged
+from recipes.finetune_lora_merge import load_adapted, load_merged, merge_adapter
 from recipes.finetune_lora_merge import main as merge
 from tests.recipes.finetune_runs import PATTERN, TOY, arguments, save_toy, write_other_text
 
@@ -47,6 +47,15 @@ def trained_logits(run):
 def load(folder, **options):
     with quietly():
         return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def test_a_base_that_is_not_that_of_the_adapters_is_refused(run, tmp_path):
+    config = LlamaConfig(**{**TOY, "num_hidden_layers": TOY["num_hidden_layers"] - 1})
+    small = save_toy(LlamaForCausalLM, config, tmp_path / "small")
+    with pytest.raises(ValueError, match=r"'.*small' has none for model.layers"):
+        merge_adapter(adapter=str(run / "run" / "adapter"), output=str(tmp_path), base=str(small))
+    with pytest.raises(ValueError, match=r"a base must be the folder .* got '.*none'"):
+        load_adapted(run / "run" / "adapter", base=str(tmp_path / "none"))
 
 
 def test_peft_loads_the_adapters_of_a_run(run):

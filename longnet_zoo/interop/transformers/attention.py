@@ -80,7 +80,8 @@ def set_pattern(model: Model, pattern: DilatedPattern) -> Model:
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If the model has another attention, or the pattern is of a part of the heads.
+        ValueError: If the model has another attention or is a LongNet, or the pattern is of a part
+            of the heads.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained(
@@ -101,6 +102,11 @@ def set_pattern(model: Model, pattern: DilatedPattern) -> Model:
             f"model must be a model of Hugging Face Transformers, got {type(model).__name__}."
         )
     config = config.get_text_config()
+    if config.model_type == "longnet":
+        raise ValueError(
+            "a LongNet has a pattern of its own, got another for a model with segment_lengths="
+            f"{config.segment_lengths}. Make it with other segment_lengths and dilation_rates."
+        )
     if config._attn_implementation != ATTENTION_NAME:
         raise ValueError(
             f"set_pattern needs a model whose attention is {ATTENTION_NAME!r}, got "
@@ -148,7 +154,8 @@ def attend_dilated(
         ValueError: If a sliding window has an effect, or boundaries do not fit.
     """
     _check_options(module, attention_mask, options)
-    if sliding_window is not None and key.shape[2] > sliding_window:
+    # Some models say 0 for none.
+    if sliding_window and key.shape[2] > sliding_window:
         refuse_window(sliding_window, key.shape[2])
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)

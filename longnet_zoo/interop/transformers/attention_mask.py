@@ -65,6 +65,8 @@ def tokens_or_boundaries(
     if config is not None:
         _check_model(type(config))
     in_use = int(q_offset) + q_length
+    if local_size == 0:
+        return None  # of a window that no layer has
     if local_size is not None and in_use > local_size:
         refuse_window(local_size, in_use)
     if int(kv_offset) or (mask_function is bidirectional_mask_function and kv_length != in_use):

@@ -289,6 +289,8 @@ def _checked_head(network: Any) -> nn.Linear:
     """Returns the output head of a model whose loss can be computed from it."""
     head = network.get_output_embeddings()
     is_linear = getattr(type(head), "forward", None) is nn.Linear.forward
+    # A LongNet makes its loss in chunks by itself.
+    is_linear = is_linear and network.config.model_type != "longnet"
     if not is_linear or network.loss_function is not ForCausalLMLoss:
         raise NotImplementedError(
             "use_chunked_loss=True needs a torch.nn.Linear as output head and the loss of causal "
