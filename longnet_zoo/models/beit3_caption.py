@@ -22,7 +22,7 @@ from longnet_zoo.ops.prefix_attention import attend_last_rows, prefix_attention
 from longnet_zoo.ops.sampling import Sampling, draw_tokens
 
 from .beit3_encoder import BEiT3Encoder
-from .checks import check_mask, check_on_the_right, check_tokens
+from .checks import check_mask, check_on_the_right, check_tokens, prompt_lengths
 
 __all__ = ["BEiT3Captioner"]
 
@@ -270,13 +270,6 @@ def _begin(
     text = functional.pad(prompt.long(), (0, max_new_tokens), value=end_id)
     if padding_mask is None:
         return text, torch.full((batch,), prompt.shape[1])
-    check_mask("prompt_padding_mask", padding_mask, tuple(prompt.shape))
-    check_on_the_right("prompt_padding_mask", padding_mask)
-    lengths = (~padding_mask).sum(1)
-    if int(lengths.min()) == 0:
-        raise ValueError(
-            "prompt_padding_mask must leave each prompt a token, got none for prompts "
-            f"{(lengths == 0).nonzero().flatten().tolist()}."
-        )
+    lengths = prompt_lengths("prompt_padding_mask", padding_mask, tuple(prompt.shape))
     text[:, : prompt.shape[1]].masked_fill_(padding_mask, end_id)
     return text, lengths

@@ -28,6 +28,8 @@ __all__ = [
     "check_probabilities",
     "check_tokens",
     "integer_list",
+    "prompt_lengths",
+    "right_padded_lengths",
 ]
 
 
@@ -151,6 +153,22 @@ def check_on_the_right(name: str, padding_mask: Tensor) -> None:
             f"{name} must be True on the right alone, behind all tokens of a text, got tokens "
             f"behind padding in rows {wrong}. Move them to the front."
         )
+
+
+def right_padded_lengths(name: str, padding_mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Checks a mask that is True on the right alone, and counts the tokens of each row: (b,)."""
+    check_mask(name, padding_mask, shape)
+    check_on_the_right(name, padding_mask)
+    return (~padding_mask).sum(1)
+
+
+def prompt_lengths(name: str, padding_mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Counts the tokens of prompts that are padded on the right, at least one of each: (b,)."""
+    lengths = right_padded_lengths(name, padding_mask, shape)
+    empty = (lengths == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"{name} must leave each prompt a token, got none for prompts {empty}.")
+    return lengths
 
 
 def integer_list(name: str, values: Iterable[int]) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from longnet_zoo.ops.sampling import Sampling, draw_tokens
 from longnet_zoo.ops.streaming import StreamingCache
 
-from .checks import check_mask, check_on_the_right, check_tokens, integer_list
+from .checks import check_tokens, integer_list, prompt_lengths
 
 if TYPE_CHECKING:
     from .text import TextModel
@@ -109,13 +109,14 @@ class GeneratesText:
         _check_numbers(self, max_new_tokens, chunk_size, seed)
         _check_ids(self, stop_ids=stop_ids, banned_ids=banned_ids, fill_id=fill_id)
         check_tokens(tokens, vocab_size=self.config.vocab_size, length="prompt_len")
-        _check_prompts(tokens, key_padding_mask)
-        is_stopped = _StopRules(stop_ids, stop_strings, tokenizer)
+        lengths = _lengths(tokens, key_padding_mask)
+        is_stopped = _StopRules(stop_ids, stop_strings, tokenizer, tokens.device)
         fill = _fill_id(fill_id, stop_ids, stop_strings, batch=len(tokens))
         cache = self.make_cache(len(tokens)) if cache is None else cache
         generator = _generator(seed, tokens.device)
         seen = _Seen(self.config.head_size, tokens, key_padding_mask, sampling)
-        features = _read_prompt(self, tokens, key_padding_mask, cache, chunk_size)
+        features = _read_prompt(self, tokens, lengths, key_padding_mask, cache, chunk_size)
+        banned = torch.tensor(banned_ids, dtype=torch.int64, device=tokens.device)
         is_done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         written: list[Tensor] = []
         while True:
@@ -124,7 +125,7 @@ class GeneratesText:
                 sampling,
                 generator=generator,
                 seen=seen.mask,
-                banned_ids=banned_ids,
+                banned_ids=banned,
             )
             new = new.masked_fill(is_done, fill)
             seen.add(new)
@@ -141,7 +142,11 @@ class _StopRules:
     """Says which rows are done."""
 
     def __init__(
-        self, ids: Sequence[int], strings: Sequence[str], tokenizer: TextDecoder | None
+        self,
+        ids: Sequence[int],
+        strings: Sequence[str],
+        tokenizer: TextDecoder | None,
+        device: torch.device,
     ) -> None:
         if isinstance(strings, str) or not all(isinstance(x, str) and x for x in strings):
             raise TypeError(
@@ -150,19 +155,20 @@ class _StopRules:
             )
         if strings and tokenizer is None:
             raise ValueError(f"stop_strings={tuple(strings)} need tokenizer, got tokenizer=None.")
-        self._ids, self._strings, self._tokenizer = list(ids), strings, tokenizer
+        self._strings, self._tokenizer = strings, tokenizer
+        self._ids = torch.tensor(ids, dtype=torch.int64, device=device)
         longest = max(map(len, strings), default=0)
         self._num_tail = _TOKENS_PER_CHARACTER * (longest + 1)
 
     @property
     def can_stop(self) -> bool:
         """Whether there is a rule."""
-        return bool(self._ids or self._strings)
+        return bool(len(self._ids) or self._strings)
 
     def __call__(self, written: list[Tensor]) -> Tensor:
         """Whether each row ends with the last token, bool (b,)."""
         new = written[-1]
-        is_stopped = torch.isin(new, torch.tensor(self._ids, dtype=new.dtype, device=new.device))
+        is_stopped = torch.isin(new, self._ids)
         if self._strings and self._tokenizer is not None:
             tails = torch.stack(written[-self._num_tail :], dim=1).tolist()
             texts = [self._tokenizer.decode(tail) for tail in tails]
@@ -193,14 +199,12 @@ class _Seen:
 def _read_prompt(
     model: TextModel,
     tokens: Tensor,
+    lengths: Tensor,
     padding_mask: Tensor | None,
     cache: StreamingCache,
     chunk_size: int,
 ) -> Tensor:
     """Reads the prompts: features of the last token of each, (b, e)."""
-    lengths = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
-    if padding_mask is not None:
-        lengths = (~padding_mask).sum(1)
     last: Tensor | None = None
     for start, chunk, mask in _chunks(tokens, padding_mask, chunk_size):
         features = model.forward_features(chunk, key_padding_mask=mask, cache=cache)
@@ -239,16 +243,11 @@ def _fill_id(
     return next(iter(stop_ids), 0)
 
 
-def _check_prompts(tokens: Tensor, padding_mask: Tensor | None) -> None:
+def _lengths(tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """Counts the tokens of each prompt, (b,)."""
     if padding_mask is None:
-        return
-    check_mask("key_padding_mask", padding_mask, tuple(tokens.shape))
-    check_on_the_right("key_padding_mask", padding_mask)
-    empty = padding_mask.all(1).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(
-            f"key_padding_mask must leave each prompt a token, got none for prompts {empty}."
-        )
+        return torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
+    return prompt_lengths("key_padding_mask", padding_mask, tuple(tokens.shape))
 
 
 def _check_numbers(model: Any, max_new_tokens: int, chunk_size: int, seed: int | None) -> None:

@@ -15,7 +15,7 @@ from longnet_zoo.layers.attention import AttentionOp
 from longnet_zoo.ops.streamed_attention import Stretch
 from longnet_zoo.ops.streaming import StreamingCache
 
-from .checks import check_mask, check_on_the_right
+from .checks import right_padded_lengths
 
 if TYPE_CHECKING:
     from .text import TextModel
@@ -44,9 +44,8 @@ def run_stream(
     """
     num_tokens = [x.shape[1]] * len(x)
     if key_padding_mask is not None:
-        check_mask("key_padding_mask", key_padding_mask, tuple(x.shape[:2]))
-        check_on_the_right("key_padding_mask", key_padding_mask)
-        num_tokens = (~key_padding_mask).sum(1).tolist()
+        shape = tuple(x.shape[:2])
+        num_tokens = right_padded_lengths("key_padding_mask", key_padding_mask, shape).tolist()
     with cache.reading(num_tokens) as stretches:
         if len(stretches) == 1 and min(num_tokens) == x.shape[1]:
             return _run(stack, x, cache, stretches[0])

@@ -76,7 +76,7 @@ def draw_tokens(
     *,
     generator: torch.Generator | None = None,
     seen: Tensor | None = None,
-    banned_ids: Sequence[int] = (),
+    banned_ids: Sequence[int] | Tensor = (),
 ) -> Tensor:
     """Draws a token for each row.
 
@@ -85,7 +85,7 @@ def draw_tokens(
         sampling: How to draw.
         generator: Random numbers, on the device of the logits; None: the global ones.
         seen: Bool (batch, vocab_size), True at tokens to which the penalty applies; None: none.
-        banned_ids: Tokens that are never drawn.
+        banned_ids: Tokens that are never drawn; an int64 tensor on the device saves a copy.
 
     Returns:
         Token ids, int64 (batch,).
@@ -99,8 +99,9 @@ def draw_tokens(
         penalty = sampling.repetition_penalty
         penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, penalized, logits)
-    if banned_ids:
-        logits = logits.index_fill(1, torch.tensor(banned_ids, device=logits.device), -torch.inf)
+    if len(banned_ids):
+        banned = torch.as_tensor(banned_ids, device=logits.device)
+        logits = logits.index_fill(1, banned, -torch.inf)
     largest = logits.amax(-1, keepdim=True)
     if can_read(largest) and not bool(largest.isfinite().all()):
         rows = (~largest.isfinite()).flatten().nonzero().flatten().tolist()

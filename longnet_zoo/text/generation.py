@@ -77,10 +77,13 @@ def generate_text(
         )
     check_vocabulary(model, tokenizer)
     special = {tokenizer.mask_id, tokenizer.pad_id} - {tokenizer.eod_id}
-    tokens, padding_mask = _encode(texts, tokenizer)
+    prompt_ids = _encode(texts, tokenizer)
+    contexts = [ids[-_CONTEXT:] for ids in prompt_ids]
+    tokens, padding_mask = _padded(prompt_ids, tokenizer.eod_id)
     device = next(model.parameters()).device
-    contexts = [row[:length][-_CONTEXT:] for row, length in _real(tokens, padding_mask)]
-    stream = _TextStream(tokenizer, stop_strings, on_text or _say_nothing, contexts[0])
+    stream = None
+    if on_text is not None:
+        stream = _TextStream(tokenizer, stop_strings, on_text, contexts[0])
     new = model.generate(
         tokens.to(device),
         key_padding_mask=padding_mask.to(device) if padding_mask.any() else None,
@@ -89,10 +92,11 @@ def generate_text(
         stop_strings=stop_strings,
         tokenizer=tokenizer,
         banned_ids=sorted(x for x in special if x is not None),
-        streamer=None if on_text is None else stream.put,
+        streamer=None if stream is None else stream.put,
         **options,
     )
-    stream.end()
+    if stream is not None:
+        stream.end()
     written = [
         _before(_text_behind(context, row, tokenizer), stop_strings)
         for context, row in zip(contexts, new.tolist(), strict=True)
@@ -105,29 +109,22 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Turns texts into token ids; what follows the end of a document begins another."""
+    encoded = tokenizer.encode_batch([text.encode() for text in texts])
+    return [ids.tolist() or [tokenizer.eod_id] for ids in encoded]
+
+
+def _padded(rows: list[list[int]], fill: int) -> tuple[Tensor, Tensor]:
     """Makes a right-padded batch, (b, t), and its padding mask."""
-    rows = []
-    for ids in tokenizer.encode_batch([text.encode() for text in texts]):
-        # What follows the end of a document is the beginning of another.
-        rows.append(torch.tensor(ids.tolist() or [tokenizer.eod_id]))
+    tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
     lengths = torch.tensor([len(row) for row in rows])
-    tokens = pad_sequence(rows, batch_first=True, padding_value=tokenizer.eod_id)
     return tokens, torch.arange(tokens.shape[1]) >= lengths[:, None]
-
-
-def _real(tokens: Tensor, padding_mask: Tensor) -> list[tuple[list[int], int]]:
-    """The tokens of each row, and how many are no padding."""
-    return list(zip(tokens.tolist(), (~padding_mask).sum(1).tolist(), strict=True))
 
 
 def _text_behind(context: list[int], ids: list[int], tokenizer: Tokenizer) -> str:
     """Decodes tokens as they read behind others."""
     return tokenizer.decode([*context, *ids])[len(tokenizer.decode(context)) :]
-
-
-def _say_nothing(text: str) -> None:
-    pass
 
 
 class _TextStream:
