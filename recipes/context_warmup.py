@@ -1,4 +1,4 @@
-"""Short contexts first: early steps read the beginning of their windows only.
+"""Short contexts first: early steps read the beginning of their windows only, or rows of it.
 
 A model learns spelling before it can use a long context, and for that many short steps teach more
 than few long ones (Li, Zhang and He, arXiv 2108.06084). The context grows geometrically, so each
@@ -11,6 +11,7 @@ Shapes: b batch, n seq_len.
 import dataclasses
 import math
 
+import torch
 from torch import Tensor
 
 __all__ = ["ContextWarmup"]
@@ -26,15 +27,20 @@ class ContextWarmup:
     Attributes:
         start: Context of the first step, in tokens.
         steps: Optimizer steps after which batches keep their whole context.
+        step_tokens: Tokens that every step reads of its batch, also behind the warm-up: so many
+            rows of the context as hold them (at least one, at most all), from as many windows as
+            possible. None reads one row of each window, and early steps are short.
     """
 
     start: int
     steps: int
+    step_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("start", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {name}={getattr(self, name)}.")
+        for name in ("start", "steps", "step_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {name}={value}.")
 
     def context(self, step: int, seq_len: int) -> int:
         """Returns the context of an optimizer step, counted from 0, in tokens."""
@@ -44,7 +50,9 @@ class ContextWarmup:
         return min(seq_len, math.ceil(grown / _MULTIPLE) * _MULTIPLE)
 
     def cut(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Returns the beginning of each row of `tokens` and `labels` (b, n), copied.
+        """Returns rows of `tokens` and `labels` (b, n) for a step, (rows, context), copied.
+
+        One is the beginning of a window; with `step_tokens` others are what follows it.
 
         Raises:
             ValueError: The rows are packed documents, whose beginning is one document's.
@@ -54,5 +62,10 @@ class ContextWarmup:
                 "context_warmup cuts rows, and confine_to_document=True packs them into one. "
                 "Use one of the two."
             )
-        context = self.context(step, batch["tokens"].shape[1])
-        return {name: rows[:, :context].contiguous() for name, rows in batch.items()}
+        num_windows, seq_len = batch["tokens"].shape
+        context = self.context(step, seq_len)
+        num_rows = math.ceil((self.step_tokens or num_windows * context) / context)
+        return {
+            name: torch.cat(x[:, : seq_len // context * context].split(context, dim=1))[:num_rows]
+            for name, x in batch.items()
+        }

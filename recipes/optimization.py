@@ -45,6 +45,9 @@ class OptimizationConfig:
         warmup_steps: Optimizer steps over which the learning rate rises linearly.
         decay: Shape of the descent after the warm-up.
         decay_power: Exponent of the polynomial decay; 1 is a straight line.
+        decay_start: Optimizer step until which `lr` is held after the warm-up; None begins the
+            descent at once. A run that holds it can be made longer, and decay when it has learnt
+            enough (Hu et al., arXiv 2404.06395).
         decay_steps: Optimizer step at which the descent ends, warm-up included; None means the
             length of the run.
         final_lr_factor: Part of `lr` that is left at the end, between 0 and 1.
@@ -60,6 +63,7 @@ class OptimizationConfig:
     warmup_steps: int = 0
     decay: Literal["polynomial", "cosine"] = "polynomial"
     decay_power: float = 1.0
+    decay_start: int | None = None
     decay_steps: int | None = None
     final_lr_factor: float = 0.0
 
@@ -98,11 +102,23 @@ class OptimizationConfig:
             final_lr_factor=self.final_lr_factor,
         )
         _require(
-            self.decay_steps is None or self.decay_steps > self.warmup_steps,
-            "decay_steps must be greater than warmup_steps",
-            decay_steps=self.decay_steps,
+            self.decay_start is None or self.decay_start >= self.warmup_steps,
+            "decay_start must be warmup_steps or more",
+            decay_start=self.decay_start,
             warmup_steps=self.warmup_steps,
         )
+        _require(
+            self.decay_steps is None or self.decay_steps > self.decay_begin,
+            "decay_steps must be greater than warmup_steps and decay_start",
+            decay_steps=self.decay_steps,
+            warmup_steps=self.warmup_steps,
+            decay_start=self.decay_start,
+        )
+
+    @property
+    def decay_begin(self) -> int:
+        """Optimizer step at which the descent begins."""
+        return self.warmup_steps if self.decay_start is None else self.decay_start
 
     def _check_muon(self) -> None:
         is_muon, scale = self.optimizer == "muon", self.muon_adamw_lr_scale
@@ -198,15 +214,15 @@ class OptimizationConfig:
 def learning_rate_factor(step: int, *, config: OptimizationConfig, total_steps: int) -> float:
     """Returns the part of `config.lr` that optimizer step `step` (from 0) uses.
 
-    It is (step + 1) / warmup_steps while that is below 1; then, with p = (step - warmup_steps) /
-    (total_steps - warmup_steps) and f = `final_lr_factor`, f + (1 - f) (1 - p)**decay_power or
+    It is (step + 1) / warmup_steps while that is below 1, and 1 until `decay_start`; then, with
+    p = (step - begin) / (total_steps - begin), begin the end of that, and f = `final_lr_factor`, f + (1 - f) (1 - p)**decay_power or
     f + (1 - f) (1 + cos(pi p)) / 2; from `total_steps` on it stays f.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     # A quick try may be shorter than the warm-up.
-    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    progress = min(1.0, progress)
+    progress = (step - config.decay_begin) / max(1, total_steps - config.decay_begin)
+    progress = min(1.0, max(0.0, progress))
     if config.decay == "cosine":
         left = (1 + math.cos(math.pi * progress)) / 2
     else:

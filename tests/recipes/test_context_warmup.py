@@ -24,7 +24,34 @@ def test_rows_keep_their_beginning():
     assert torch.equal(batch["labels"], tokens[:, :256] + 1)
 
 
-@pytest.mark.parametrize("name", ["start", "steps"])
+def test_rows_that_hold_the_tokens_of_a_step_come_from_every_window():
+    warmup = ContextWarmup(start=256, steps=10, step_tokens=600)
+    tokens = torch.arange(2 * 1000).view(2, 1000)
+    batch = warmup.cut({"tokens": tokens, "labels": tokens + 1}, 0)
+    expected = torch.stack([tokens[0, :256], tokens[1, :256], tokens[0, 256:512]])
+    assert torch.equal(batch["tokens"], expected)
+    assert torch.equal(batch["labels"], expected + 1)
+
+
+@pytest.mark.parametrize(
+    ("step", "step_tokens", "shape"),
+    [
+        (0, 1, (1, 256)),
+        (0, 256, (1, 256)),
+        (0, 257, (2, 256)),
+        (0, 5000, (6, 256)),
+        (0, None, (2, 256)),
+        (10, 600, (1, 1000)),
+        (10, 1001, (2, 1000)),
+        (10, None, (2, 1000)),
+    ],
+)
+def test_every_step_reads_the_tokens_it_is_given(step, step_tokens, shape):
+    warmup = ContextWarmup(start=256, steps=10, step_tokens=step_tokens)
+    assert warmup.cut({"tokens": torch.zeros(2, 1000)}, step)["tokens"].shape == shape
+
+
+@pytest.mark.parametrize("name", ["start", "steps", "step_tokens"])
 def test_sizes_must_be_positive(name):
     with pytest.raises(ValueError, match=f"{name} must be 1 or more, got {name}=0"):
         ContextWarmup(**{"start": 8, "steps": 8, name: 0})

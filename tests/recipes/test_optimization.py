@@ -27,6 +27,10 @@ from tests.recipes.text_runs import model_options
             {"decay": "cosine", "final_lr_factor": 0.1},
             [0.25, 0.5, 0.75, 1.0, 1.0, 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2, 0.55],
         ),
+        (
+            {"decay_start": 6, "final_lr_factor": 0.5},
+            [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.5],
+        ),
     ],
 )
 def test_learning_rate_warms_up_and_decays(options, expected):
@@ -119,7 +123,8 @@ def test_restored_schedule_keeps_its_place_and_takes_the_new_settings():
         ({"final_lr_factor": 1.5}, r"final_lr_factor must be in \[0, 1\], got final_lr_factor=1.5"),
         (
             {"decay_steps": 5, "warmup_steps": 5},
-            "decay_steps must be greater than warmup_steps, got decay_steps=5, warmup_steps=5",
+            "decay_steps must be greater than warmup_steps and decay_start, got decay_steps=5, "
+            "warmup_steps=5, decay_start=None",
         ),
     ],
 )
