@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from longnet_zoo.bench import ComparisonConfig, run_bench
+from longnet_zoo.export import add_export_command
 from longnet_zoo.factory import ModelInfo, list_models, model_info
 from longnet_zoo.open_data import add_data_command
 from longnet_zoo.ops.kernels import BACKENDS
@@ -84,6 +85,7 @@ def _make_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_info)
 
     add_text_commands(commands)
+    add_export_command(commands)
     _add_plot_command(commands)
     _add_bench_command(commands)
     add_plan_command(commands)

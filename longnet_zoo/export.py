@@ -1,0 +1,62 @@
+"""What `longnet-zoo export` does: weights from anywhere, as a folder that everything here loads."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longnet_zoo.command_options import read_option
+from longnet_zoo.factory import create_model
+
+__all__ = ["add_export_command"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_export_command(commands: Any) -> None:
+    """Adds the command to those of `longnet-zoo`."""
+    command = commands.add_parser(
+        "export",
+        help="write a model with its weights as a folder",
+        description="Loads weights from anywhere and writes model.safetensors, config.json and a "
+        "card into a folder, which --pretrained and the Hub take.",
+    )
+    command.add_argument("model", help="name of the model")
+    command.add_argument(
+        "--pretrained",
+        required=True,
+        metavar="SOURCE",
+        help="its weights: a file, a folder, a recipe's checkpoint or hf_hub:owner/name",
+    )
+    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new one")
+    command.add_argument("--dtype", choices=_DTYPES, default="float32", help="default: float32")
+    command.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the model, where the weights do not say it; repeatable",
+    )
+    command.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    folder: Path = options.output
+    if folder.exists():
+        raise ValueError(
+            f"--output must be a new folder, got {folder}, which exists. Remove it or choose "
+            "another."
+        )
+    given = dict(map(read_option, options.option))
+    model = create_model(options.model, pretrained=options.pretrained, **given)
+    model.to(getattr(torch, options.dtype)).save_pretrained(folder)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    sys.stdout.write(
+        f"{folder}: {type(model).__name__}, {model.num_params():,} parameters, {options.dtype}, "
+        f"{size / 1e6:.1f} MB\nuse: --pretrained {folder}, or "
+        f"create_model({options.model!r}, pretrained={str(folder)!r})\n"
+    )

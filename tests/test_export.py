@@ -1,0 +1,48 @@
+"""`longnet-zoo export`."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from longnet_zoo.cli import main
+from longnet_zoo.factory import create_model
+
+OPTIONS = {"embed_dim": 24, "num_layers": 1, "num_heads": 4}
+FLAGS = [f"--option={name}={value}" for name, value in OPTIONS.items()]
+
+
+@pytest.fixture
+def model(tmp_path):
+    model = create_model("longnet_lm_tiny", **OPTIONS)
+    save_file(dict(model.state_dict()), tmp_path / "w.safetensors")
+    return model
+
+
+def test_folder_holds_weights_options_and_card(model, tmp_path, capsys):
+    folder = tmp_path / "out"
+    source = str(tmp_path / "w.safetensors")
+    main(["export", "longnet_lm_tiny", "--pretrained", source, "--output", str(folder), *FLAGS])
+    out = capsys.readouterr().out
+    assert f"LongNetLM, {model.num_params():,} parameters, float32" in out
+    assert json.loads((folder / "config.json").read_text())["embed_dim"] == 24
+    assert (folder / "README.md").is_file()
+    loaded = create_model("longnet_lm_tiny", pretrained=folder, **OPTIONS)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight)
+
+
+def test_weights_are_rounded_on_request(model, tmp_path):
+    folder, source = tmp_path / "out", str(tmp_path / "w.safetensors")
+    flags = ["--pretrained", source, "--output", str(folder), "--dtype=bfloat16"]
+    main(["export", "longnet_lm_tiny", *flags, *FLAGS])
+    for name, weight in load_file(folder / "model.safetensors").items():
+        assert torch.equal(weight, model.state_dict()[name].bfloat16())
+
+
+def test_nothing_is_overwritten(model, tmp_path, capsys):
+    flags = ["--pretrained", str(tmp_path / "w.safetensors"), "--output", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        main(["export", "longnet_lm_tiny", *flags, *FLAGS])
+    assert "--output must be a new folder, got" in capsys.readouterr().err
