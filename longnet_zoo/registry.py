@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "SHIPPED_PREFIX",
     "ModelEntry",
     "PublishedWeights",
     "find_model",
@@ -22,6 +23,9 @@ __all__ = [
     "register_model",
     "registered_models",
 ]
+
+# Begins the location of weights that come with this package.
+SHIPPED_PREFIX = "shipped:"
 
 BuilderT = TypeVar("BuilderT", bound="Callable[[Any], nn.Module]")
 
@@ -32,7 +36,8 @@ class PublishedWeights:
 
     Attributes:
         tag: Their name among the weights of the model: `create_model(name, pretrained=tag)`.
-        location: Where they are: `"hf_hub:owner/name/file"` or the address of a file.
+        location: Where they are: `"hf_hub:owner/name/file"`, the address of a file, or
+            `"shipped:name"` for those that come with this package.
         licence: The licence they are published under.
         sha256: Digest of the file in hex; None where the publisher states none.
         options: Options of the model that they were trained with, where they differ from its
@@ -46,6 +51,11 @@ class PublishedWeights:
     sha256: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether they come with this package, so that no network is needed."""
+        return self.location.startswith(SHIPPED_PREFIX)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from longnet_zoo.bench import choose_device
 from longnet_zoo.command_options import read_option
 from longnet_zoo.factory import create_model
 from longnet_zoo.models.text_decoder import LongNetLM
+from longnet_zoo.registry import find_model
 from longnet_zoo.tokenizers import Tokenizer, load_tokenizer
 
 from .generation import generate_text, printable
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_text_commands"]
 
+_RANDOM = "random"
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -72,8 +74,8 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--pretrained",
         metavar="SOURCE",
-        help="its weights: a file, a folder, a recipe's checkpoint or hf_hub:owner/name "
-        "(default: none, weights drawn at random)",
+        help="its weights: a file, a folder, a recipe's checkpoint, hf_hub:owner/name, or "
+        f"{_RANDOM} (default: those that come with the package, if there are any for the model)",
     )
     command.add_argument(
         "--tokenizer", default="bytes", help="bytes, or the path of a tokenizer.json"
@@ -158,18 +160,25 @@ def _stream(options: argparse.Namespace) -> None:
 def _model(options: argparse.Namespace) -> tuple[LongNetLM, Tokenizer]:
     tokenizer = load_tokenizer(options.tokenizer)
     given = dict(map(read_option, options.option))
-    model = create_model(options.model, pretrained=options.pretrained or False, **given)
+    source = options.pretrained or _shipped(options.model)
+    model = create_model(options.model, pretrained=False if source == _RANDOM else source, **given)
     if not isinstance(model, LongNetLM):
         raise ValueError(
             f"--model must be a causal model of text, such as longnet_lm_tiny, got "
             f"{options.model!r}. `longnet-zoo list '*_lm_*'` shows them."
         )
-    if not options.pretrained:
+    if source == _RANDOM and options.pretrained is None:
         sys.stderr.write(
             f"note: the weights of {options.model} are drawn at random; pass --pretrained.\n"
         )
     device = choose_device(options.device)
     return model.to(device, getattr(torch, options.dtype)).eval(), tokenizer
+
+
+def _shipped(name: str) -> str:
+    """The tag of the weights that come with the package; "random" where none do."""
+    tags = (weights.tag for weights in find_model(name).weights if weights.is_shipped)
+    return next(tags, _RANDOM)
 
 
 def _progress() -> Progress:

@@ -13,7 +13,12 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants
 from torch import Tensor
 
-from longnet_zoo.registry import ModelEntry, PublishedWeights, registered_models
+from longnet_zoo.registry import (
+    SHIPPED_PREFIX,
+    ModelEntry,
+    PublishedWeights,
+    registered_models,
+)
 
 from .checkpoint import WEIGHT_SUFFIXES, Checkpoint, read_checkpoint, unwrap
 from .download import DownloadOptions, check_digest, download_url
@@ -22,6 +27,9 @@ from .hub import HUB_PREFIX, HubLocation, cached_sha256, download_hub, parse_hub
 __all__ = ["FoundWeights", "Pretrained", "find_weights"]
 
 Pretrained = bool | str | os.PathLike[str] | Mapping[str, Tensor]
+
+# Weights that come with this package: folders that `save_pretrained` wrote.
+_SHIPPED = Path(__file__).parent / "shipped"
 
 _HUB_FILES = (constants.SAFETENSORS_SINGLE_FILE, constants.PYTORCH_WEIGHTS_NAME)
 _DOWNLOAD = tuple(option.name for option in fields(DownloadOptions))
@@ -160,8 +168,11 @@ def _locate(location: str, options: DownloadOptions) -> _Files | None:
         _refuse(options, "revision", "token", source=repr(location))
         _check_suffix(urlsplit(location).path)
         return _Files(weights=download_url(location, options), is_download=True)
-    path = Path(location).expanduser()
     _refuse(options, *_DOWNLOAD, source=repr(location))
+    if location.startswith(SHIPPED_PREFIX):
+        path = _SHIPPED / location.removeprefix(SHIPPED_PREFIX)
+    else:
+        path = Path(location).expanduser()
     if not location or not path.exists():
         return None
     if path.is_dir():

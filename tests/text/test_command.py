@@ -2,16 +2,20 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import save_file
 
+from longnet_zoo import registry
 from longnet_zoo.cli import main
 from longnet_zoo.factory import create_model
+from longnet_zoo.registry import PublishedWeights, find_model
 from longnet_zoo.text import generate_text, score_file
 from longnet_zoo.tokenizers import ByteTokenizer
 
 OPTIONS = {"embed_dim": 24, "num_layers": 1, "num_heads": 4}
+RANDOM = ["--pretrained", "random"]
 FLAGS = [f"--option={name}={value}" for name, value in OPTIONS.items()]
 
 
@@ -77,14 +81,44 @@ def test_every_option_of_generate_reaches_the_text(weights, capsys):
 
 
 def test_a_seed_also_draws_the_weights(capsys):
-    args = ["generate", "x", *FLAGS, "--max-new-tokens=20", "--seed=3"]
+    args = ["generate", "x", *FLAGS, *RANDOM, "--max-new-tokens=20", "--seed=3"]
     outs = [main(args) or capsys.readouterr().out for _ in range(2)]
     assert outs[0] == outs[1]
 
 
+def test_weights_that_come_with_the_package_are_the_default(weights, capsys, monkeypatch):
+    _, path = weights
+    entry = find_model("longnet_lm_tiny")
+    args = ["generate", "x", *FLAGS, "--max-new-tokens=20", "--seed=3"]
+    main([*args, "--pretrained", str(path)])
+    expected = capsys.readouterr().out
+    folder = path.parent / "own"
+    folder.mkdir()
+    path.rename(folder / "model.safetensors")
+    monkeypatch.setattr("longnet_zoo.weights.sources._SHIPPED", path.parent)
+    shipped = PublishedWeights(tag="own", location="shipped:own", licence="MIT")
+    elsewhere = PublishedWeights(tag="hub", location="hf_hub:a/b", licence="MIT")
+    monkeypatch.setitem(registry._ENTRIES, entry.name, replace(entry, weights=(elsewhere, shipped)))
+    main(args)
+    captured = capsys.readouterr()
+    assert captured.out == expected
+    assert captured.err == ""
+    main([*args, *RANDOM])
+    captured = capsys.readouterr()
+    assert captured.out != expected
+    assert captured.err == ""
+
+
+def test_weights_drawn_without_being_asked_for_are_noted(capsys, monkeypatch):
+    entry = find_model("longnet_lm_tiny")
+    monkeypatch.setitem(registry._ENTRIES, entry.name, replace(entry, weights=()))
+    main(["generate", "x", *FLAGS, "--max-new-tokens=1"])
+    assert "the weights of longnet_lm_tiny are drawn at random" in capsys.readouterr().err
+
+
 def test_nothing_is_printed_before_an_error(capsys):
     with pytest.raises(SystemExit):
-        main(["generate", "hello", *FLAGS, "--temperature=-1"])
+        main(["generate", "hello", *FLAGS, *RANDOM, "--temperature=-1"])
     assert capsys.readouterr().out == ""
 
 
@@ -93,7 +127,10 @@ def test_nothing_is_printed_before_an_error(capsys):
     [
         (["stream", "--file", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
         (["generate", "a", "--model", "longnet_mlm_tiny"], "causal model of text, .* 'longnet_mlm"),
-        (["generate", "a", "--top-p", "2", *FLAGS], r"top_p must be None, or in \(0, 1\], got 2.0"),
+        (
+            ["generate", "a", "--top-p", "2", *FLAGS, *RANDOM],
+            r"top_p must be None, or in \(0, 1\], got 2.0",
+        ),
         (["generate", "a", "--option", "x"], "--option must be NAME=VALUE, got 'x'"),
         (["generate", "a", "--tokenizer", "none.json"], "there is no file none.json"),
         (["generate", "a", "--device", "tpu"], "device must be 'auto', .* got 'tpu'"),

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from longnet_zoo.registry import PublishedWeights, find_model
-from longnet_zoo.weights import DownloadOptions, find_weights
+from longnet_zoo.weights import DownloadOptions, find_weights, sources
 from tests.weights.servers import serve
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3)}
@@ -199,3 +199,22 @@ def test_address_is_downloaded_and_checked(file, tmp_path, caplog, monkeypatch):
 def test_options_of_the_hub_are_refused_elsewhere(pretrained, options, message):
     with pytest.raises(ValueError, match=message):
         find(pretrained, **options)
+
+
+def test_shipped_weights_lie_in_the_package(file, monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "_SHIPPED", tmp_path / "shipped")
+    folder = tmp_path / "shipped" / "tiny"
+    folder.mkdir(parents=True)
+    file.rename(folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model": "LongNetLM"}')
+    found = find(True, entry_with(published("shipped:tiny")))
+    assert torch.equal(found.state_dict["weight"], STATE["weight"])
+    assert found.config == {"model": "LongNetLM"}
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    find(True, entry_with(published("shipped:tiny", sha256=digest)))
+    with pytest.raises(ValueError, match="shipped:tiny"):
+        find(True, entry_with(published("shipped:tiny", sha256="0" * 64)))
+    with pytest.raises(FileNotFoundError, match="'shipped:other' does not exist"):
+        find("shipped:other")
+    with pytest.raises(ValueError, match=r"revision is for weights on the Hub .* 'shipped:tiny'"):
+        find(True, entry_with(published("shipped:tiny")), revision="main")
