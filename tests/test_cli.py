@@ -105,9 +105,9 @@ def test_info_lists_the_options_of_each_part(capsys):
 def test_info_as_json_is_the_whole_info(capsys):
     info = json.loads(run("info", "longnet_lm_tiny", "--json", capsys=capsys))
     assert info["num_params"] == model_info("longnet_lm_tiny").num_params
-    assert info["seq_len"] == 8192
+    assert info["seq_len"] == 32768
     assert info["published_options"] == {"head_offset": "block", "padded_keys": "zero"}
-    assert info["config"]["segment_lengths"] == [512, 1024, 2048, 4096, 8192]
+    assert info["config"]["segment_lengths"] == [512, 2048, 8192, 32768]
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])

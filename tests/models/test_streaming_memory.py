@@ -18,7 +18,8 @@ def resident_kib():
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
 
 torch.set_num_threads(1)
-model = create_model("longnet_lm_tiny", embed_dim=32, num_heads=2, num_layers=1).eval()
+pattern = {"segment_lengths": (512, 2048, 8192), "dilation_rates": (1, 2, 4)}
+model = create_model("longnet_lm_tiny", embed_dim=32, num_heads=2, num_layers=1, **pattern).eval()
 cache = model.make_cache()
 tokens = torch.randint(256, (1, 4100))
 resident, kept = [], []
