@@ -213,11 +213,31 @@ def _streaming(document: Document) -> list[str]:
     return [*lines, *_reasons(document, lambda cell: cell["part"])]
 
 
+def _pretrained(document: Document) -> list[str]:
+    """A row for each context, a column for each model and for xz."""
+    cells = figures(document)
+    ways = list(dict.fromkeys(cell["way"] for cell in cells))
+    rows = []
+    for context in dict.fromkeys(cell["context"] for cell in cells):
+        found = {cell["way"]: cell for cell in cells if cell["context"] == context}
+        size = found[ways[0]]["num_bytes"] if ways[0] in found else 0
+        name = f"{context:,}" if context else f"all {size / 1e6:.1f} MB at once"
+        rows.append([name, *(_bits(found[way]) if way in found else "-" for way in ways)])
+    lines = ["", *table(["context", *ways], rows)]
+    return [*lines, *_reasons(document, lambda cell: cell["way"])]
+
+
+def _bits(cell: dict[str, Any]) -> str:
+    error = cell["standard_error"]
+    return f"{cell['bits_per_byte']:.3f}" + (f" ± {error:.3f}" if error else "")
+
+
 # Programme -> lines of Markdown of its results.
 TABLES: dict[str, Callable[[Document], list[str]]] = {
     "kernels": _kernels,
     "length": _length,
     "streaming": _streaming,
+    "pretrained": _pretrained,
     "models": _models,
     "memory": _memory,
     "bench": _bench,
