@@ -243,7 +243,7 @@ def _facts(pattern: DilatedPattern, seq_len: int, num_heads: int, *, is_causal: 
     kind = "causal" if is_causal else "bidirectional"
     percent = 100 * pairs / dense
     share = f"{percent:.2g}" if percent < 10 else f"{percent:.0f}"
-    return f"{kind}, {seq_len:,} tokens, {share} % of the work of dense attention"
+    return f"{kind}, {seq_len:,} tokens, {share} % of dense work"
 
 
 def _make_figure(layout: _Layout) -> tuple[Figure, list[Axes]]:

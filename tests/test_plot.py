@@ -69,7 +69,7 @@ def test_block_offsets_are_drawn_too():
 
 def test_more_work_than_dense_attention_is_no_power_of_ten():
     twice = DilatedPattern(segment_lengths=(4, 8), dilation_rates=(1, 1))
-    facts = "bidirectional, 8 tokens, 150 % of the work of dense attention"
+    facts = "bidirectional, 8 tokens, 150 % of dense work"
     assert facts in words(plot_pattern(twice, seq_len=8, num_heads=1))
 
 
@@ -81,7 +81,7 @@ def test_words_name_branches_length_and_share():
     assert "darker: reached by 2 or 3 branches and counted as often" in found
     (facts,) = [text for text in found if "tokens" in text]
     share = PATTERN.attended_pairs(23, 4, is_causal=True) / (4 * 23 * 24 / 2)
-    assert facts == f"causal, 23 tokens, {100 * share:.0f} % of the work of dense attention"
+    assert facts == f"causal, 23 tokens, {100 * share:.0f} % of dense work"
     assert [axes.get_title() for axes in panels(figure)] == [f"head {i}" for i in range(4)]
 
 
@@ -169,3 +169,12 @@ def test_missing_matplotlib_is_named_with_the_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(RuntimeError, match=r"Install it: pip install matplotlib"):
         plot_pattern(PATTERN, seq_len=23, num_heads=4)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_words_end_inside_a_narrow_picture(is_causal):
+    pattern = DilatedPattern(segment_lengths=(2**16, 2**20), dilation_rates=(1, 16))
+    figure = plot_pattern(pattern, seq_len=2**20, num_heads=1, is_causal=is_causal, title="x")
+    figure.canvas.draw()
+    for text in figure.texts:
+        assert text.get_window_extent().x1 <= figure.bbox.x1
