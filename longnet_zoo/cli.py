@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from longnet_zoo.bench import ComparisonConfig, run_bench
 from longnet_zoo.export import add_export_command
 from longnet_zoo.factory import ModelInfo, list_models, model_info
+from longnet_zoo.long_range.command import add_evaluate_command
 from longnet_zoo.open_data import add_data_command
 from longnet_zoo.ops.kernels import BACKENDS
 from longnet_zoo.ops.pattern import DilatedPattern
@@ -85,6 +86,7 @@ def _make_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_info)
 
     add_text_commands(commands)
+    add_evaluate_command(commands)
     add_export_command(commands)
     _add_plot_command(commands)
     _add_bench_command(commands)

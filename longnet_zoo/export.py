@@ -11,6 +11,7 @@ import torch
 
 from longnet_zoo.command_options import read_option
 from longnet_zoo.factory import create_model
+from longnet_zoo.models import ZooModel
 
 __all__ = ["add_export_command"]
 
@@ -53,7 +54,9 @@ def _run(options: argparse.Namespace) -> None:
         )
     given = dict(map(read_option, options.option))
     model = create_model(options.model, pretrained=options.pretrained, **given)
-    model.to(getattr(torch, options.dtype)).save_pretrained(folder)
+    assert isinstance(model, ZooModel)
+    model.to(getattr(torch, options.dtype))
+    model.save_pretrained(folder)
     size = sum(file.stat().st_size for file in folder.iterdir())
     sys.stdout.write(
         f"{folder}: {type(model).__name__}, {model.num_params():,} parameters, {options.dtype}, "

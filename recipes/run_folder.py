@@ -43,6 +43,7 @@ _ENTRIES = (
     "metrics.json",
     "tensorboard",
     "checkpoints",
+    "model",
     "report.html",
     "report.png",
     "pattern.png",

@@ -1,0 +1,105 @@
+"""Finding the models of an evaluation: LABEL=SOURCE, where a label may have several runs."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import longnet_zoo.models as zoo
+from longnet_zoo.factory import create_model, list_models
+from longnet_zoo.models import ZooModel
+from longnet_zoo.registry import find_model
+from longnet_zoo.weights.checkpoint import read_checkpoint
+
+__all__ = ["TRAINING_FILE", "Source", "find_sources", "load_source"]
+
+# Beside the weights of a run: what it was trained on, and how much.
+TRAINING_FILE = "training.json"
+_CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One model to evaluate.
+
+    Attributes:
+        label: What it is called in the table; runs with the same one are averaged.
+        place: Name in the registry, folder or checkpoint.
+    """
+
+    label: str
+    place: str
+
+
+def find_sources(words: list[str]) -> list[Source]:
+    """Reads `LABEL=SOURCE` or `SOURCE`; a pattern such as `runs/a-*/model` is several sources.
+
+    Args:
+        words: As they are typed.
+
+    Raises:
+        ValueError: There is nothing at a place.
+    """
+    sources = []
+    for word in words:
+        label, separator, place = word.partition("=")
+        if not separator:
+            label = place = word
+        if not label or not place:
+            raise ValueError(f"--models takes LABEL=SOURCE or SOURCE, got {word!r}.")
+        is_name = place in list_models()
+        places = [place] if is_name else sorted(glob.glob(str(Path(place).expanduser())))
+        if not places:
+            raise ValueError(
+                f"--models found nothing at {place!r}. Give the name of a model (`longnet-zoo "
+                "list`), a folder that save_pretrained wrote, or the checkpoint of a recipe."
+            )
+        sources += [Source(label=label, place=place) for place in places]
+    return sources
+
+
+def load_source(source: Source) -> tuple[nn.Module, Mapping[str, Any]]:
+    """Loads a model in evaluation mode.
+
+    Args:
+        source: Where it is.
+
+    Returns:
+        The model, and what is known of its training: empty for models that are not of
+        `recipes.long_range`.
+
+    Raises:
+        ValueError: The model has no weights, or the place holds none of our models.
+    """
+    path = Path(source.place)
+    if source.place in list_models():
+        if not find_model(source.place).weights:
+            raise ValueError(
+                f"{source.place} has no published weights, so there is nothing to evaluate. Train "
+                "it with recipes.long_range, and give the folder `model` of the run."
+            )
+        return create_model(source.place, pretrained=True).eval(), {}
+    if not path.is_dir():
+        name = read_checkpoint(path).model_name
+        if name is None:
+            raise ValueError(
+                f"--models takes the checkpoints of recipes, got {source.place!r}, which names no "
+                "model. Save it by save_pretrained, and give that folder."
+            )
+        return create_model(name, pretrained=path).eval(), {}
+    config, training = path / _CONFIG_FILE, path / TRAINING_FILE
+    content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    model_class = getattr(zoo, str(content.get("model")), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, ZooModel)):
+        raise ValueError(
+            f"--models takes folders that save_pretrained wrote, got {source.place!r}, whose "
+            f"{_CONFIG_FILE} names no model of the zoo."
+        )
+    known = json.loads(training.read_text(encoding="utf-8")) if training.is_file() else {}
+    return model_class.from_pretrained(path).eval(), known

@@ -1,0 +1,53 @@
+"""The page of a sweep: what was compared, on what, and what came out, as Markdown."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from longnet_zoo.long_range import Cell
+from longnet_zoo.long_range.table import COLUMNS, rows
+
+__all__ = ["long_range_page"]
+
+_PAGE = """# Long-range tasks: dilated against dense attention
+
+Runs of each: {num_seeds}, with seeds of weights and examples of their own. Dilated and dense
+attention have the same training FLOPs and differ in nothing else, so the cheaper step buys more
+steps. Models are tested at the length that they were trained at. Rules and sizes of the tasks:
+`longnet_zoo/long_range`; settings: `configs/long_range`.
+
+![accuracy over length]({picture})
+
+{tables}
+Accuracy is in percent. Spread is the worst and the best run, for a single one the 95 % interval of
+its examples. FLOPs are those of one example, forward; training those of a run, with the backward
+pass. "Constant" always gives the answer that is the most frequent among the test examples.
+
+Measured by `{command}` on {device}, one thread a run, PyTorch {torch}, commit {commit}, {date}.
+"""
+
+
+def long_range_page(document: dict[str, Any], *, picture: Path, page: Path) -> str:
+    """Returns the page.
+
+    Args:
+        document: What the sweep writes as JSON.
+        picture: Where the picture is.
+        page: Where the page will be, which links to the picture.
+    """
+    tables = [
+        f"## {task}\n\n{_table([Cell(**cell) for cell in cells])}\n"
+        for task, cells in document["tasks"].items()
+    ]
+    return _PAGE.format(
+        num_seeds=document["seeds"],
+        picture=Path(os.path.relpath(picture, page.parent)).as_posix(),
+        tables="\n".join(tables),
+        command=document["command"],
+        **{name: document["environment"][name] for name in ("device", "torch", "commit", "date")},
+    )
+
+
+def _table(cells: list[Cell]) -> str:
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(cells)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

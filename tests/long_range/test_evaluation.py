@@ -1,0 +1,236 @@
+"""Runs taken together, tables, pictures, and the command that makes them."""
+
+import json
+
+import matplotlib.image
+import pytest
+import torch
+
+import longnet_zoo as lz
+from longnet_zoo.cli import main
+from longnet_zoo.long_range import (
+    TRAINING_FILE,
+    Cell,
+    SelectiveCopying,
+    Source,
+    accuracy_table,
+    binomial_interval,
+    draw_accuracy,
+    draw_examples,
+    evaluate,
+    evaluation,
+    find_sources,
+    flops_per_example,
+    load_source,
+    majority,
+    make_cell,
+    score_model,
+)
+from longnet_zoo.long_range.table import rows
+
+OPTIONS = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 16}
+TASKS = [SelectiveCopying(seq_len=n, num_data_tokens=3) for n in (20, 40)]
+
+
+def make_model(seed):
+    torch.manual_seed(seed)
+    return lz.create_model("longnet_lm_tiny", **OPTIONS).eval()
+
+
+def save_run(folder, seed, **training):
+    make_model(seed).save_pretrained(folder)
+    if training:
+        (folder / TRAINING_FILE).write_text(json.dumps(training))
+    return folder
+
+
+def test_runs_of_a_label_are_one_cell_and_lengths_come_first():
+    models = [
+        ("a", make_model(0), {"train_flops": 1e6, "seq_len": 20}),
+        ("b", make_model(1), {}),
+        ("a", make_model(2), {"train_flops": 3e6, "seq_len": 20}),
+    ]
+    seen = []
+    cells = list(
+        evaluate(models, TASKS, num_examples=9, seeds=2, on_score=lambda *x: seen.append(x))
+    )
+    assert [(cell.label, cell.seq_len) for cell in cells] == seen
+    assert seen == [("a", 20), ("b", 20), ("a", 40), ("b", 40)]
+    examples = [*draw_examples(TASKS[1], 9, seed=0), *draw_examples(TASKS[1], 9, seed=1)]
+    expected = [
+        score_model(model, TASKS[1], examples).accuracy(TASKS[1])
+        for label, model, _ in models
+        if label == "a"
+    ]
+    cell = cells[2]
+    assert cell.accuracies == tuple(expected)
+    assert (cell.low, cell.high) == (min(expected), max(expected))
+    assert cell.mean == pytest.approx(sum(expected) / 2)
+    assert (cell.num_examples, cell.train_flops, cell.train_seq_lens) == (18, 2e6, (20,))
+    assert cell.flops == flops_per_example(models[0][1], TASKS[1])
+    assert (cell.chance, cell.majority) == (1 / 14, majority(TASKS[1], examples))
+    assert (cells[3].train_flops, cells[3].train_seq_lens) == (None, ())
+
+
+def test_a_single_run_has_the_interval_of_its_examples():
+    facts = {"majority": 0.5, "num_examples": 5, "flops": 7}
+    cell = make_cell("a", TASKS[0], [(3, 15)], **facts)
+    assert (cell.low, cell.high) == binomial_interval(3, 15)
+    assert cell.accuracies == (0.2,)
+
+
+def test_lengths_that_do_not_fit_memory_are_said(monkeypatch):
+    monkeypatch.setattr(evaluation, "available_mib", lambda device: 0.02)
+    small, large = evaluate([("a", make_model(0), {})], TASKS, num_examples=1)
+    # 20 numbers of 4 bytes for each of 16 channels: 0.024 MiB for 20 tokens, 0.049 for 40.
+    assert small.reason.startswith("out of memory")
+    assert large.reason == "out of memory: 0 MiB needed, 0 free"
+    assert rows([large])[-1][2:4] == ("-", large.reason)
+    monkeypatch.setattr(evaluation, "available_mib", lambda device: 0.03)
+    small, large = evaluate([("a", make_model(0), {})], TASKS, num_examples=1)
+    assert small.accuracies
+    assert not large.accuracies
+
+
+def test_memory_that_runs_out_on_the_way_is_said_and_bugs_are_raised(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(evaluation, "score_model", fail)
+    words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+    (cell,) = evaluate([("a", make_model(0), {})], TASKS[:1], num_examples=1)
+    assert (cell.reason, cell.accuracies) == ("out of memory", ())
+    words = "shapes differ"
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        list(evaluate([("a", make_model(0), {})], TASKS[:1], num_examples=1))
+
+
+@pytest.mark.parametrize("name", ["num_examples", "seeds"])
+def test_numbers_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
+        list(evaluate([("a", make_model(0), {})], TASKS, **{name: 0}))
+
+
+def cells():
+    facts = {"chance": 0.25, "majority": 0.3, "num_examples": 50, "flops": 12345}
+    return [
+        Cell(label="dilated", seq_len=1024, accuracies=(0.5, 0.75), low=0.5, high=0.75, **facts),
+        Cell(label="dense", seq_len=1024, accuracies=(1.0, 1.0), low=1.0, high=1.0, **facts),
+        Cell(label="dense", seq_len=4096, reason="out of memory", train_flops=2e12, **facts),
+    ]
+
+
+def test_table_has_guesses_and_models_by_length():
+    assert rows(cells()) == [
+        ("1,024", "chance", "25.0", "", "", "", ""),
+        ("", "constant", "30.0", "", "", "", ""),
+        ("", "dilated", "62.5", "50.0 - 75.0", "2", "1.23e+04", ""),
+        ("", "dense", "100.0", "100.0 - 100.0", "2", "1.23e+04", ""),
+        ("4,096", "chance", "25.0", "", "", "", ""),
+        ("", "constant", "30.0", "", "", "", ""),
+        ("", "dense", "-", "out of memory", "", "1.23e+04", "2.00e+12"),
+    ]
+    table = accuracy_table(cells(), title="mqar")
+    assert table.row_count == 7
+    assert "worst and best run" in table.caption
+    assert "95 % interval" in accuracy_table(cells()[2:], title="mqar").caption
+
+
+def test_a_rare_chance_is_not_shown_as_never():
+    rare = Cell(
+        label="a", seq_len=8, accuracies=(0.0,), chance=2e-5, majority=0.0, num_examples=1, flops=1
+    )
+    assert [row[2] for row in rows([rare])] == ["0.002", "0.0", "0.0"]
+
+
+def test_picture_has_a_panel_a_task_with_lines_spread_and_chance():
+    figure = draw_accuracy({"mqar": cells(), "passkey": cells()[:1]}, title="t", facts="f")
+    first, second = figure.axes
+    names = [text.get_text() for text in first.get_legend().get_texts()]
+    assert names == ["dilated", "dense", "chance"]
+    lines = {line.get_label(): line for line in first.get_lines()}
+    assert lines["dilated"].get_xydata().tolist() == [[1024, 62.5]]
+    assert lines["chance"].get_linestyle() == ":"
+    ends = {tuple(bar.get_segments()[0][:, 1]) for bar in first.collections}
+    assert ends == {(50.0, 75.0), (100.0, 100.0)}
+    assert second.get_title(loc="left") == "passkey: accuracy in %"
+
+
+def test_sources_are_names_folders_and_patterns(tmp_path):
+    for seed in (0, 1):
+        save_run(tmp_path / f"run-{seed}" / "model", seed)
+    found = find_sources([f"a={tmp_path}/run-*/model", "longnet_lm_tiny"])
+    assert [source.label for source in found] == ["a", "a", "longnet_lm_tiny"]
+    assert found[1].place == f"{tmp_path}/run-1/model"
+    model, training = load_source(found[1])
+    assert not model.training
+    assert training == {}
+    for name, weight in make_model(1).state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [("a=nowhere", "found nothing at 'nowhere'"), ("=x", "LABEL=SOURCE or SOURCE, got '=x'")],
+)
+def test_sources_that_are_nowhere_are_refused(word, words):
+    with pytest.raises(ValueError, match=words):
+        find_sources([word])
+
+
+def test_places_that_hold_no_model_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="longnet_lm_base has no published weights"):
+        load_source(Source(label="a", place="longnet_lm_base"))
+    with pytest.raises(ValueError, match=r"folders that save_pretrained wrote.* names no model"):
+        load_source(Source(label="a", place=str(tmp_path)))
+    torch.save(make_model(0).state_dict(), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"checkpoints of recipes, got '.*a.pt'"):
+        load_source(Source(label="a", place=str(tmp_path / "a.pt")))
+
+
+def test_command_prints_writes_and_draws(tmp_path, capsys):
+    for seed in (0, 1):
+        save_run(tmp_path / f"seed{seed}", seed, train_flops=1e9, seq_len=40)
+    arguments = [
+        *("evaluate", "--task", "selective_copying", "--option", "num_data_tokens=3"),
+        *("--lengths", "40", "20", "--examples", "6", "--device", "cpu"),
+        *("--models", f"ours={tmp_path}/seed*", f"other={tmp_path}/seed1"),
+        *("--output", str(tmp_path / "found.json"), "--picture"),
+    ]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "selective_copying" in printed
+    assert "1.00e+09" in printed
+    document = json.loads((tmp_path / "found.json").read_text())
+    found = document["cells"]
+    assert [(cell["label"], cell["seq_len"]) for cell in found] == [
+        *(("ours", 20), ("other", 20)),
+        *(("ours", 40), ("other", 40)),
+    ]
+    assert found[0]["accuracies"][1] == found[1]["accuracies"][0]
+    assert document["command"].startswith("longnet-zoo evaluate --task selective_copying --models")
+    assert matplotlib.image.imread(tmp_path / "found.png").std() > 0.05
+    assert (tmp_path / "found.svg").read_text().count("<path") > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--task", "copying"], "task must be one of mqar"),
+        (["--option", "seq_len=9"], "give --lengths"),
+        (["--option", "size=9"], "has no options size"),
+        (["--picture"], "got no --output"),
+        (["--output", "a.txt"], "--output must end in .json, got a.txt"),
+        (["--task", "passkey"], "passkey needs a model of at least 259 token ids, got a with 16"),
+        (["--task", "pathfinder"], "pathfinder needs a model of at least 258"),
+    ],
+)
+def test_command_refuses_in_one_line(tmp_path, capsys, arguments, words):
+    folder = save_run(tmp_path / "model", 0)
+    usual = ["--task", "selective_copying", "--models", f"a={folder}"]
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", *usual, *arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1

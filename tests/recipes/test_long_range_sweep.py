@@ -1,0 +1,133 @@
+"""Dilated against dense in many runs: what is finished stays, what failed is named."""
+
+import contextlib
+import json
+import sys
+
+import pytest
+
+from longnet_zoo.long_range import SelectiveCopying, flops_per_example, load_source
+from longnet_zoo.long_range.models import Source
+from recipes import long_range, long_range_sweep
+from recipes.long_range_sweep import Run, SweepConfig, main, run_sweep
+
+ARGUMENTS = (
+    "--model.start_len=null",
+    "--model.model_options.embed_dim=8",
+    "--model.model_options.num_layers=1",
+    "--model.model_options.num_heads=2",
+    "--model.train_flops=2e6",
+    "--data.test_examples=5",
+    "--data.val_examples=2",
+)
+
+
+def make_config(tmp_path, **options):
+    usual = {"tasks": ("selective_copying",), "lengths": (32, 16), "seeds": 2, "jobs": 1}
+    places = {"folder": tmp_path / "runs", "output": tmp_path / "out" / "found.json"}
+    places["page"] = tmp_path / "docs" / "page.md"
+    return SweepConfig(**{**usual, **places, "arguments": ARGUMENTS, **options})
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Runs trainings in this process, and counts them."""
+    commands = []
+
+    def start(command, log):
+        assert command[1:3] == ["-m", "recipes.long_range"]
+        commands.append(command)
+        with contextlib.suppress(SystemExit):
+            long_range.main(command[3:])
+
+    monkeypatch.setattr(long_range_sweep, "_start", start)
+    return commands
+
+
+def test_a_run_is_a_process_with_one_thread_and_a_log(tmp_path):
+    code = "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit('stopped')"
+    long_range_sweep._start([sys.executable, "-c", code], tmp_path / "log.txt")
+    assert (tmp_path / "log.txt").read_text().split() == ["1", "stopped"]
+
+
+def test_a_sweep_compares_at_equal_flops_and_does_nothing_twice(tmp_path, in_process, capsys):
+    config = make_config(tmp_path)
+    (cells,) = run_sweep(config).values()
+    assert [(cell.seq_len, cell.label) for cell in cells] == [
+        *((16, "dilated"), (16, "dense")),
+        *((32, "dilated"), (32, "dense")),
+    ]
+    for cell in cells:
+        task = SelectiveCopying(seq_len=cell.seq_len, num_data_tokens=8)
+        assert len(cell.accuracies) == 2
+        assert cell.num_examples == 5
+        run = Run(task="selective_copying", seq_len=cell.seq_len, attention=cell.label, seed=1)
+        model, training = load_source(Source(label="a", place=str(run.folder(config) / "model")))
+        assert model.config.pattern.is_dense == (cell.label == "dense")
+        assert cell.flops == flops_per_example(model, task)
+        # Within half a step of two examples.
+        step = 2 * flops_per_example(model, task, is_training=True)
+        assert abs(training["train_flops"] - 2e6) <= step / 2
+        assert cell.train_seq_lens == (cell.seq_len,)
+        record = json.loads((run.folder(config) / "metrics.json").read_text())["test"]
+        assert cell.accuracies[1] == record["right"] / record["asked"]
+    assert len(in_process) == 8
+    document = json.loads(config.output.read_text())
+    assert [cell["accuracies"] for cell in document["tasks"]["selective_copying"]] == [
+        list(cell.accuracies) for cell in cells
+    ]
+    assert config.output.with_suffix(".png").stat().st_size > 10_000
+    assert document["command"].startswith(
+        "python -m recipes.long_range_sweep --tasks selective_copying --lengths 32 16 --seeds 2 "
+        "--argument=--model.start_len=null "
+    )
+    page = config.page.read_text()
+    assert "![accuracy over length](../out/found.svg)" in page
+    assert page.count("\n## ") == 1
+    assert page.count("\n| ") == 2 + 2 * 4
+    assert f"| dense | {100 * cells[3].mean:.1f} |" in page
+    printed = capsys.readouterr().out
+    assert "8 runs in" in printed
+    share = 100 * cells[1].accuracies[1]
+    assert f"8/8 selective_copying-16-dense-seed1: {share:.1f} % right after" in printed
+    assert run_sweep(config)["selective_copying"] == cells
+    assert len(in_process) == 8
+
+
+def test_other_settings_and_unfinished_runs_are_run_again(tmp_path, in_process):
+    config = make_config(tmp_path, lengths=(16,), seeds=1)
+    run_sweep(config)
+    first = Run(task="selective_copying", seq_len=16, attention="dense", seed=0)
+    (first.folder(config) / "metrics.json").unlink()
+    in_process.clear()
+    run_sweep(config)
+    # It goes on from its checkpoint.
+    assert [command[-2:] for command in in_process] == [["--ckpt_path", "last"]]
+    in_process.clear()
+    run_sweep(SweepConfig(**{**vars(config), "arguments": (*ARGUMENTS, "--data.batch_size=3")}))
+    assert [command[-1] for command in in_process] == ["--data.batch_size=3"] * 2
+
+
+def test_a_run_that_fails_is_named_after_the_others(tmp_path, in_process, capsys):
+    config = make_config(tmp_path, lengths=(8, 16), seeds=1)
+    # Eight data tokens and their markers do not fit into eight places.
+    with pytest.raises(RuntimeError, match=r"2 of 4 runs failed: see .*-8-dilated-seed0/log.txt"):
+        run_sweep(config)
+    assert len(in_process) == 4
+    assert "selective_copying-8-dense-seed0: failed" in capsys.readouterr().out
+    assert not config.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--tasks", "copying"], r"got ['copying']; there are"),
+        (["--jobs", "0"], "jobs must be 1 or more, got 0"),
+        (["--seeds", "0"], "seeds must be 1 or more, got 0"),
+    ],
+)
+def test_bad_options_are_one_line(options, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(options)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
