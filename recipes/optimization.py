@@ -214,9 +214,9 @@ class OptimizationConfig:
 def learning_rate_factor(step: int, *, config: OptimizationConfig, total_steps: int) -> float:
     """Returns the part of `config.lr` that optimizer step `step` (from 0) uses.
 
-    It is (step + 1) / warmup_steps while that is below 1, and 1 until `decay_start`; then, with
-    p = (step - begin) / (total_steps - begin), begin the end of that, and f = `final_lr_factor`, f + (1 - f) (1 - p)**decay_power or
-    f + (1 - f) (1 + cos(pi p)) / 2; from `total_steps` on it stays f.
+    It is (step + 1) / warmup_steps while that is below 1, and 1 until `decay_start`. With begin the
+    end of that, p = (step - begin) / (total_steps - begin) and f = `final_lr_factor` it is then
+    f + (1 - f) (1 - p)**decay_power or f + (1 - f) (1 + cos(pi p)) / 2; from `total_steps` on f.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
