@@ -59,12 +59,12 @@ def test_options_change_the_config_and_the_rest_stays():
             {"num_head": 4},
             TypeError,
             r"longnet_lm_tiny has no option 'num_head'. Did you mean 'num_heads'.*"
-            r"Options: embed_dim, num_layers, .*num_outputs\.",
+            r"Options: embed_dim, num_layers, .*num_outputs, extra_branches\.",
         ),
         ("longnet_lm_tiny", {"qqq": 4}, TypeError, "no option 'qqq'. Options: embed_dim"),
         ("longnet_lm_tiny", {"is_causal": False}, TypeError, "no option 'is_causal'"),
         ("longnet_lm_tiny", {"num_heads": 2.0}, TypeError, r"num_heads must be .*got 2.0 \(float"),
-        ("longnet_lm_tiny", {"num_heads": 3}, ValueError, "embed_dim=128 and num_heads=3"),
+        ("longnet_lm_tiny", {"num_heads": 3}, ValueError, "embed_dim=256 and num_heads=3"),
     ],
 )
 def test_unknown_names_and_wrong_options_are_refused(name, options, error, message):

@@ -8,13 +8,17 @@ def test_public_names_exist_and_are_documented():
 
 def test_public_names_are_those_of_the_readme():
     assert set(lz.__all__) == {
+        "BigBirdBlocks",
+        "BlockSparse",
         "DilatedAttention",
         "DilatedPattern",
+        "HashBuckets",
         "ModelInfo",
         "MultiheadDilatedAttention",
         "MultimodalDilatedAttention",
         "RingAttention",
         "StreamingCache",
+        "TokenSubset",
         "create_model",
         "create_model_and_transforms",
         "dilated_attention",

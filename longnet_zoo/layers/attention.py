@@ -5,7 +5,7 @@ Shape legend: b batch, n seq_len, h num_heads (or num_kv_heads), d head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, get_args
 
@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from longnet_zoo.ops.branches import ConfiguredBranch, make_branches
 from longnet_zoo.ops.dilated_attention import dilated_attention
 from longnet_zoo.ops.kernels import BACKENDS
 from longnet_zoo.ops.pattern import DilatedPattern
@@ -26,6 +27,7 @@ __all__ = [
     "DilatedAttention",
     "Position",
     "check_attention_options",
+    "check_branch_options",
     "make_position_bias",
     "make_rotary",
 ]
@@ -63,10 +65,13 @@ class DilatedAttention(nn.Module):
         eps: Epsilon of the LayerNorms.
         backend: Kernel of the op; `"auto"` takes the fastest that serves.
         num_modalities: Number of modalities with projections and norms of their own.
+        extra_branches: Branches beside those of the pattern, `BigBirdBlocks` or `HashBuckets`; only
+            for `position="rotary"` or None, and without dropout.
 
     Raises:
         ValueError: If sizes do not divide, or an option is outside its range.
-        TypeError: If `pattern` is not a `DilatedPattern`.
+        TypeError: If `pattern` is not a `DilatedPattern`, or a branch no branch.
+        NotImplementedError: If extra branches come with what they do not serve.
 
     Example:
         >>> pattern = DilatedPattern.geometric(64, 256)
@@ -94,6 +99,7 @@ class DilatedAttention(nn.Module):
         eps: float = 1e-5,
         backend: str = "auto",
         num_modalities: int = 1,
+        extra_branches: Sequence[ConfiguredBranch] = (),
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -104,6 +110,8 @@ class DilatedAttention(nn.Module):
             )
         if position == "xpos" and not xpos_scale_base > 0.0:
             raise ValueError(f"xpos_scale_base must be positive, got {xpos_scale_base}.")
+        self.extra_branches = make_branches(extra_branches)
+        check_branch_options(self.extra_branches, position, dropout)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -188,6 +196,7 @@ class DilatedAttention(nn.Module):
             cu_seqlens=cu_seqlens,
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.backend,
+            **({"extra_branches": self.extra_branches} if self.extra_branches else {}),
         )
         out = rearrange(out, "b n h d -> b n (h d)")
         if self.inner_norm is not None:
@@ -200,9 +209,17 @@ class DilatedAttention(nn.Module):
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
             f"pattern={self.pattern}, is_causal={self.is_causal}, position={self.position!r}, "
             f"dropout={self.dropout}, backend={self.backend!r}"
+            + (f", extra_branches={self.extra_branches}" if self.extra_branches else "")
         )
 
     def _op(self, given: AttentionOp | None) -> AttentionOp:
+        op = self.attention_op if given is None else given
+        if self.extra_branches and op is not dilated_attention:
+            raise NotImplementedError(
+                f"extra_branches run by `dilated_attention` alone, got {op!r} with "
+                f"{len(self.extra_branches)} of them. Run the model whole: neither parallelized "
+                "nor with a cache."
+            )
         if given is None:
             return self.attention_op
         if self.attention_op is not dilated_attention:
@@ -243,6 +260,17 @@ class DilatedAttention(nn.Module):
             raise ValueError(
                 f"position_bias needs position=None, this layer has position={self.position!r}."
             )
+
+
+def check_branch_options(
+    branches: tuple[ConfiguredBranch, ...], position: Position | None, dropout: float
+) -> None:
+    """Checks that branches beside those of the pattern come with what they serve."""
+    if branches and (position not in ("rotary", None) or dropout > 0.0):
+        raise NotImplementedError(
+            "extra_branches need position='rotary' or None and no dropout of the attention "
+            f"weights, got position={position!r} and dropout={dropout}."
+        )
 
 
 def make_rotary(position: Position | None, head_dim: int, base: float) -> RotaryEmbedding | None:

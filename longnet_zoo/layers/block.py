@@ -178,6 +178,7 @@ class TransformerBlock(nn.Module):
             or not attention.pattern.is_nested
             # Zero keys fill a segment up to a length that depends on the whole sequence.
             or attention.pattern.padded_keys != "ignore"
+            or attention.extra_branches  # which know no segments
         ):
             return [(x, around)]
         return around.split(

@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from longnet_zoo.ops.branches import ConfiguredBranch
 from longnet_zoo.ops.pattern import DilatedPattern
 
 from .attention import AttentionOp, DilatedAttention, Position, make_position_bias, make_rotary
@@ -56,6 +57,7 @@ class TransformerStack(nn.Module):
         backend: Attention kernel.
         final_norm: Whether a LayerNorm comes after the last block; never with `"deepnorm"`.
         num_modalities: Number of modalities with linear layers and norms of their own (multiway).
+        extra_branches: As for `DilatedAttention`.
 
     Raises:
         ValueError: If `num_layers` is below 1 or another option is outside its range.
@@ -88,12 +90,12 @@ class TransformerStack(nn.Module):
         backend: str = "auto",
         final_norm: bool = True,
         num_modalities: int = 1,
+        extra_branches: Sequence[ConfiguredBranch] = (),
     ) -> None:
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}.")
-        self.embed_dim = embed_dim
-        self.num_modalities = num_modalities
+        self.embed_dim, self.num_modalities = embed_dim, num_modalities
         gain, scale = _gain_and_scale(norm, is_causal, num_layers)
         # The stack owns the one bias module of all layers.
         own_position = None if position in ("alibi", "relative") else position
@@ -103,6 +105,7 @@ class TransformerStack(nn.Module):
         attend = partial(attend, rotary_base=rotary_base, xpos_scale_base=xpos_scale_base)
         attend = partial(attend, qk_norm=qk_norm, dropout=attention_dropout, backend=backend)
         attend = partial(attend, position=own_position, num_modalities=num_modalities)
+        attend = partial(attend, extra_branches=extra_branches)
         feed = partial(FeedForward, embed_dim=embed_dim, ffn_dim=ffn_dim, activation=activation)
         feed = partial(feed, dropout=activation_dropout, **shared)
         make_feed = partial(make_multiway, feed, num_modalities)

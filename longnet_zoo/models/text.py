@@ -57,6 +57,7 @@ class TextModel(ZooModel):
             xpos_scale_base=config.xpos_scale_base,
             relative_buckets=config.relative_buckets,
             relative_max_distance=config.relative_max_distance,
+            extra_branches=config.extra_branches,
         )
         self.head = _make_head(config)
         self.cross_entropy_op = linear_cross_entropy
@@ -223,7 +224,13 @@ class TextModel(ZooModel):
 
         Raises:
             ValueError: If the model is not causal, or `batch_size` is below 1.
+            NotImplementedError: If the model has `extra_branches`.
         """
+        if self.config.extra_branches:
+            raise NotImplementedError(
+                "a model with extra_branches keeps no cache, since any key may be seen again, got "
+                f"extra_branches={self.config.extra_branches}. Run it on whole sequences."
+            )
         if not self.config.is_causal:
             raise ValueError(
                 f"only a causal model reads piece by piece, got {type(self).__name__}, whose "
@@ -236,11 +243,19 @@ class TextModel(ZooModel):
     def flops(self, seq_len: int) -> int:
         """Counts the FLOPs of a forward pass over one sequence, head included; see `ZooModel`.
 
+        Buckets of hashes are counted as if tokens filled them evenly; hashing is left out.
+
         Args:
             seq_len: Number of tokens.
         """
-        head = self.head_weight
-        return super().flops(seq_len) + (0 if head is None else 2 * head.numel() * seq_len)
+        head, config = self.head_weight, self.config
+        pairs = sum(
+            branch.attended_pairs(seq_len, config.num_heads, is_causal=config.is_causal)
+            for branch in config.extra_branches
+        )
+        branches = 4 * config.head_dim * pairs * config.num_layers
+        flops = super().flops(seq_len) + branches
+        return flops + (0 if head is None else 2 * head.numel() * seq_len)
 
     def _embed(self, tokens: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (tokens is None) == (inputs_embeds is None):

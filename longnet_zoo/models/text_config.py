@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longnet_zoo.layers import Position
+from longnet_zoo.layers.attention import check_branch_options
+from longnet_zoo.ops.branches import ConfiguredBranch, make_branches
 
 from .checks import check_choices, check_flags, check_integers, check_positive
 from .config import ModelConfig
@@ -31,6 +33,9 @@ class TextConfig(ModelConfig):
         tie_embeddings: Whether the output head is the token embedding, transposed.
         scale_embedding: Whether embeddings are multiplied by sqrt(embed_dim).
         num_outputs: Logits per token; None: `vocab_size`, 0: no head.
+        extra_branches: Branches of attention beside those of the pattern: `BigBirdBlocks`,
+            `HashBuckets`, or mappings of their fields with a `kind`, "big_bird" or "hash_buckets".
+            Only for position "rotary" or None, and without attention_dropout.
         embed_dim: As for `ModelConfig`, like all fields that are not in this list.
     """
 
@@ -48,6 +53,7 @@ class TextConfig(ModelConfig):
     tie_embeddings: bool = True
     scale_embedding: bool = False
     num_outputs: int | None = None
+    extra_branches: tuple[ConfiguredBranch, ...] = ()
 
     def __post_init__(self) -> None:
         check_integers(self, "relative_buckets", minimum=2)
@@ -57,7 +63,9 @@ class TextConfig(ModelConfig):
         check_positive(self, "rotary_base", "xpos_scale_base")
         check_flags(self, "tie_embeddings", "scale_embedding")
         check_choices(self, "position")
+        object.__setattr__(self, "extra_branches", make_branches(self.extra_branches))
         super().__post_init__()
+        check_branch_options(self.extra_branches, self.position, self.attention_dropout)
         self._check_combinations()
 
     @property

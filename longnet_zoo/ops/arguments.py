@@ -31,7 +31,7 @@ def check_arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: DilatedPattern,
+    pattern: DilatedPattern | None,
     bias: Tensor | Callable[[Tensor], Tensor] | None,
     key_padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,

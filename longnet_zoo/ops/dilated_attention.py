@@ -4,6 +4,7 @@
 
 Branch b of the pattern shows query i the keys j of `DilatedPattern`. This is the paper's mixture of
 branches by their softmax denominators (Eq. 9-10): one softmax over the multiset union of keys.
+`extra_branches` add to it what blocks, hashes or masks show (`branches.py`).
 Unlike torchscale, gradients flow through the mixture, padding takes no part, and head offsets
 follow the paper (Eq. 13); `DilatedPattern(head_offset="block", padded_keys="zero")` gives the
 published weights what they were trained with.
@@ -13,13 +14,16 @@ Shape legend: b batch, n seq_len, h num_heads, d head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .arguments import check_arguments, check_numbers
+from .branch_checks import check_extra_branches
+from .branched_attention import branched_attention
+from .branches import ExtraBranch
 from .custom_op import Options
 from .pattern import DilatedPattern
 from .positions import check_xpos_range
@@ -34,7 +38,7 @@ def dilated_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: DilatedPattern,
+    pattern: DilatedPattern | None,
     *,
     is_causal: bool = False,
     scale: float | None = None,
@@ -45,6 +49,7 @@ def dilated_attention(
     dropout_p: float = 0.0,
     backend: str = "auto",
     return_lse: bool = False,
+    extra_branches: Sequence[ExtraBranch] = (),
 ) -> Any:
     """Attends long sequences by a dilated pattern.
 
@@ -57,7 +62,8 @@ def dilated_attention(
         k: Keys, (batch, seq_len, num_kv_heads, head_dim); num_kv_heads divides num_heads, and
             query head i reads key head i // (num_heads // num_kv_heads).
         v: Values, like k.
-        pattern: Which keys a query sees; any seq_len >= 1 fits any pattern.
+        pattern: Which keys a query sees; any seq_len >= 1 fits any pattern. None: those of
+            `extra_branches` alone.
         is_causal: Whether a query sees only the keys up to itself.
         scale: Factor on the dot products; 1 / sqrt(head_dim) if None.
         bias: Added to the logits. A tensor (batch or 1, num_heads or 1, seq_len, seq_len), or a
@@ -75,6 +81,8 @@ def dilated_attention(
         backend: `"auto"`, or a name of `ops.kernels.BACKENDS`. A gradient that flows in through
             the LSE is computed by a kernel that serves it where the named one does not.
         return_lse: Whether to return the log-sum-exp as well.
+        extra_branches: Further branches of the same softmax: `BlockSparse`, `BigBirdBlocks`,
+            `HashBuckets` and `TokenSubset`. Not with bias, xpos_scale_base or dropout.
 
     Returns:
         The output, (batch, seq_len, num_heads, head_dim), dtype of q; with `return_lse` also the
@@ -83,7 +91,7 @@ def dilated_attention(
     Raises:
         ValueError: If shapes, dtypes or values do not fit, with the values.
         TypeError: If an argument is of the wrong kind.
-        NotImplementedError: If a named backend cannot serve the call, with the reason.
+        NotImplementedError: If a named backend or a branch cannot serve the call, with the reason.
         RuntimeError: If the package of a named backend is absent or broken, with the cure.
 
     Example:
@@ -105,10 +113,13 @@ def dilated_attention(
         backend=backend,
         return_lse=return_lse,
         seed=torch.randint(2**62, (), dtype=torch.int64) if dropout_p else None,
+        extra_branches=extra_branches,
     )
-    out, lse = torch.ops.longnet_zoo.dilated_attention(
-        *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)), *options
-    )
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if extra_branches:
+        out, lse = branched_attention(q, k, v, extra_branches, options)
+    else:
+        out, lse = torch.ops.longnet_zoo.dilated_attention(q, k, v, *options)
     return (out, lse) if return_lse else out
 
 
@@ -116,7 +127,7 @@ def checked_options(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: DilatedPattern,
+    pattern: DilatedPattern | None,
     *,
     is_causal: bool,
     scale: float | None,
@@ -129,13 +140,21 @@ def checked_options(
     return_lse: bool,
     seed: Tensor | None,
     seq_len: int | None = None,
+    extra_branches: Sequence[ExtraBranch] = (),
 ) -> Options:
     """Checks the arguments of `dilated_attention` and makes those of the custom op.
 
     `seq_len` are the tokens of the whole sequence, where q, k and v hold a part of one.
     """
+    only_extra = pattern is None and len(extra_branches) > 0
+    pattern = _ANY_PATTERN if only_extra else pattern
     check_arguments(q, k, v, pattern, bias, key_padding_mask, cu_seqlens, dropout_p, backend)
+    assert pattern is not None
     check_numbers(scale=scale, xpos_scale_base=xpos_scale_base)
+    if extra_branches:
+        check_extra_branches(
+            q, extra_branches, bias=bias, xpos_scale_base=xpos_scale_base, dropout_p=dropout_p
+        )
     head_dim = q.shape[3]
     span = min(pattern.segment_lengths[-1], q.shape[1] if seq_len is None else seq_len)
     if xpos_scale_base is not None:
@@ -152,8 +171,8 @@ def checked_options(
         key_padding_mask=key_padding_mask,
         cu_seqlens=cu_seqlens,
         seed=seed,
-        segment_lengths=pattern.segment_lengths,
-        dilation_rates=pattern.dilation_rates,
+        segment_lengths=() if only_extra else pattern.segment_lengths,
+        dilation_rates=() if only_extra else pattern.dilation_rates,
         head_offset=pattern.head_offset,
         padded_keys=pattern.padded_keys,
         first_head=pattern.first_head,
@@ -165,6 +184,10 @@ def checked_options(
         backend=backend,
         return_lse=return_lse,
     )
+
+
+# Stands in for no pattern where a call is checked.
+_ANY_PATTERN = DilatedPattern(segment_lengths=(1,), dilation_rates=(1,))
 
 
 def _distance_table(bias: DistanceBias, span: int, q: Tensor) -> Tensor:

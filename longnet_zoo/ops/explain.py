@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from .branches import ExtraBranch
 from .dilated_attention import DistanceBias, checked_options
 from .kernels import KERNELS, Call, choose_kernel, preferred, refusal_of
 from .pattern import DilatedPattern
@@ -39,7 +41,7 @@ def explain_backend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: DilatedPattern,
+    pattern: DilatedPattern | None,
     *,
     is_causal: bool = False,
     scale: float | None = None,
@@ -50,6 +52,7 @@ def explain_backend(
     dropout_p: float = 0.0,
     backend: str = "auto",
     return_lse: bool = False,
+    extra_branches: Sequence[ExtraBranch] = (),
 ) -> BackendReport:
     """Says which kernel `dilated_attention` would run, and why the others would not run.
 
@@ -59,7 +62,7 @@ def explain_backend(
         q: Queries, (batch, seq_len, num_heads, head_dim).
         k: Keys, (batch, seq_len, num_kv_heads, head_dim).
         v: Values, like k.
-        pattern: Which keys a query sees.
+        pattern: Which keys a query sees. With None the report is about `extra_branches`.
         is_causal: Whether a query sees only the keys up to itself.
         scale: Factor on the dot products.
         bias: Added to the logits.
@@ -69,6 +72,7 @@ def explain_backend(
         dropout_p: Probability of dropping an attention weight.
         backend: `"auto"`, or a name of `ops.kernels.BACKENDS`.
         return_lse: Whether the LSE is returned; a gradient is then taken to flow in through it.
+        extra_branches: Further branches of the same softmax.
 
     Returns:
         The kernels of both passes, and a reason for each of the others.
@@ -99,13 +103,16 @@ def explain_backend(
         backend=backend,
         return_lse=return_lse,
         seed=None,
+        extra_branches=extra_branches,
     )
-    has_hidden_keys = options.sequences(q)[1] is not None
+    # Branches of tiles hide keys themselves.
+    has_hidden_keys = pattern is not None and options.sequences(q)[1] is not None
     forward = options.call(q, has_hidden_keys=has_hidden_keys)
     backward = options.call(
         q, has_hidden_keys=has_hidden_keys, is_backward=True, has_lse_grad=return_lse
     )
-    return _report(backend, forward, backward)
+    calls = (replace(call, is_block=pattern is None) for call in (forward, backward))
+    return _report(backend, *calls)
 
 
 def _report(backend: str, forward: Call, backward: Call) -> BackendReport:

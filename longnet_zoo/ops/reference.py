@@ -11,8 +11,8 @@ Letters: b batch, n seq_len (i a query, j a key), h heads, d head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,6 +34,45 @@ class PatternFields(Protocol):
 
     @property
     def padded_keys(self) -> str: ...
+
+
+@runtime_checkable
+class BlockFields(Protocol):
+    """What the oracle reads of a block-sparse branch."""
+
+    @property
+    def block_mask(self) -> Tensor: ...
+
+    @property
+    def block_size(self) -> int: ...
+
+
+@runtime_checkable
+class HashFields(Protocol):
+    """What the oracle reads of a branch of hash buckets."""
+
+    @property
+    def num_buckets(self) -> int: ...
+
+    @property
+    def num_rounds(self) -> int: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+@runtime_checkable
+class SubsetFields(Protocol):
+    """What the oracle reads of a branch of chosen queries and keys."""
+
+    @property
+    def queries(self) -> Tensor | None: ...
+
+    @property
+    def keys(self) -> Tensor | None: ...
+
+
+BranchFields = BlockFields | HashFields | SubsetFields
 
 
 class VisibleKeys(NamedTuple):
@@ -63,7 +102,7 @@ def dilated_attention_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: PatternFields,
+    pattern: PatternFields | None,
     *,
     is_causal: bool = False,
     scale: float | None = None,
@@ -72,6 +111,7 @@ def dilated_attention_reference(
     key_padding_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     return_lse: bool = False,
+    extra_branches: Sequence[BranchFields] = (),
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Computes dilated attention densely in float64.
 
@@ -85,7 +125,7 @@ def dilated_attention_reference(
         k: Keys, (batch, seq_len, num_kv_heads, head_dim); query head i uses key head
             i // (num_heads // num_kv_heads).
         v: Values, (batch, seq_len, num_kv_heads, head_dim).
-        pattern: Segment lengths, dilation rates and the two switches.
+        pattern: Segment lengths, dilation rates and the two switches; None: no dilated branch.
         is_causal: Whether query i sees only keys j <= i.
         scale: Factor of the logits; 1 / sqrt(head_dim) if None.
         bias: Added to the logits: a tensor (batch or 1, num_heads or 1, seq_len, seq_len), or a
@@ -94,15 +134,15 @@ def dilated_attention_reference(
         key_padding_mask: Bool, (batch, seq_len), True = padding.
         cu_seqlens: Bounds of packed sequences, (num_sequences + 1,), for batch 1.
         return_lse: Whether to return the log-sum-exp as well.
+        extra_branches: Further branches: block-sparse, hash buckets, chosen queries and keys.
 
     Returns:
         Output, float64, (batch, seq_len, num_heads, head_dim), and if `return_lse` the natural
         log-sum-exp, float64, (batch, seq_len, num_heads).
     """
     batch, seq_len, num_heads, head_dim = q.shape
-    q, k, v = (_heads_first(x, num_heads) for x in (q, k, v))
     counts, zero_keys = visible_keys(
-        pattern,
+        pattern or _NoBranch,
         batch=batch,
         seq_len=seq_len,
         num_heads=num_heads,
@@ -111,6 +151,10 @@ def dilated_attention_reference(
         cu_seqlens=cu_seqlens,
         device=q.device,
     )
+    documents = _documents("ignore", batch, seq_len, key_padding_mask, cu_seqlens, q.device)
+    for branch in extra_branches:
+        counts = counts + _seen_in_branch(branch, q, k, documents, is_causal=is_causal)
+    q, k, v = (_heads_first(x, num_heads) for x in (q, k, v))
     logits = _products(q, k, xpos_scale_base, counts.sum((0, 1)) > 0)
     logits = logits * (head_dim**-0.5 if scale is None else scale)
     logits = logits + _dense_bias(bias, seq_len, q.device)
@@ -158,7 +202,9 @@ def visible_keys(
         ValueError: `key_padding_mask` is given with `cu_seqlens`, or it is not right-padding
             although the pattern has `padded_keys="zero"`.
     """
-    documents = _documents(pattern, batch, seq_len, key_padding_mask, cu_seqlens, device)
+    documents = _documents(
+        pattern.padded_keys, batch, seq_len, key_padding_mask, cu_seqlens, device
+    )
     same_document = _pairs_equal(documents.document) & _pairs(documents.is_real, torch.logical_and)
     order = torch.arange(seq_len, device=device)
     counts = torch.zeros(batch, num_heads, seq_len, seq_len, dtype=torch.int64, device=device)
@@ -179,6 +225,50 @@ def visible_keys(
     return VisibleKeys(counts, zero_keys)
 
 
+class _NoBranch:
+    """A pattern without branches."""
+
+    segment_lengths = dilation_rates = ()
+    head_offset, padded_keys = "modulo", "ignore"
+
+
+def _seen_in_branch(
+    branch: BranchFields, q: Tensor, k: Tensor, documents: _Documents, *, is_causal: bool
+) -> Tensor:
+    """How often query i sees key j in a branch, int64, (b, h, i, j)."""
+    order = torch.arange(q.shape[1], device=q.device)
+    allowed = _pairs_equal(documents.document) & _pairs(documents.is_real, torch.logical_and)
+    allowed = allowed & (order <= order[:, None]) if is_causal else allowed
+    if isinstance(branch, BlockFields):
+        block = documents.position // branch.block_size
+        mask = branch.block_mask.expand(q.shape[2], *branch.block_mask.shape[-2:])
+        seen = mask[:, block[:, :, None], block[:, None, :]].transpose(0, 1).long()
+    elif isinstance(branch, HashFields):
+        seen = _equal_hashes(branch, q, k)
+    else:
+        everything = torch.ones(q.shape[:3], dtype=torch.bool, device=q.device)
+        queries, keys = (x if x is not None else everything for x in (branch.queries, branch.keys))
+        seen = torch.einsum("bih,bjh->bhij", queries.long(), keys.long())
+    return seen * allowed[:, None]
+
+
+def _equal_hashes(branch: HashFields, q: Tensor, k: Tensor) -> Tensor:
+    """In how many rounds query i and key j of a head have the same hash, (b, h, i, j)."""
+    num_kv_heads, half = k.shape[2], branch.num_buckets // 2
+    generator = torch.Generator().manual_seed(branch.seed)
+    shape = (num_kv_heads, branch.num_rounds, q.shape[3], half)
+    matrices = torch.randn(shape, generator=generator).to(q.device).double()
+    matrices = matrices / matrices.square().sum(2, keepdim=True).sqrt()
+
+    def hashes(x: Tensor) -> Tensor:
+        by_head = matrices.repeat_interleave(x.shape[2] // num_kv_heads, dim=0)
+        products = torch.einsum("bnhd,hrdm->rbhnm", x.detach().double(), by_head)
+        return torch.cat([products, -products], dim=-1).argmax(-1)
+
+    key_hashes = hashes(k).repeat_interleave(q.shape[2] // num_kv_heads, dim=2)
+    return (hashes(q)[..., :, None] == key_hashes[..., None, :]).sum(0)
+
+
 def _offsets(head_offset: str, rate: int, num_heads: int, device: object) -> Tensor:
     """The offset of each head in a branch of this rate, (num_heads,)."""
     heads = torch.arange(num_heads, device=device)  # type: ignore[call-overload]
@@ -186,7 +276,7 @@ def _offsets(head_offset: str, rate: int, num_heads: int, device: object) -> Ten
 
 
 def _documents(
-    pattern: PatternFields,
+    padded_keys: str,
     batch: int,
     seq_len: int,
     key_padding_mask: Tensor | None,
@@ -206,7 +296,7 @@ def _documents(
     elif key_padding_mask is not None:
         is_real = ~key_padding_mask
         is_right_padded = (is_real == (order < is_real.sum(-1, keepdim=True))).all(-1)
-        if pattern.padded_keys == "zero" and not is_right_padded.all():
+        if padded_keys == "zero" and not is_right_padded.all():
             rows = (~is_right_padded).nonzero().flatten().tolist()
             raise ValueError(
                 f'padded_keys="zero" has a meaning for right-padded sequences only, got a '

@@ -104,6 +104,7 @@ def describe(name: str, options: Mapping[str, Any]) -> Network:
         ValueError: If the name is unknown or an option has a bad value,
             or the model is made of several stacks.
         TypeError: If an option is unknown or of the wrong type.
+        NotImplementedError: If the model has `extra_branches`.
     """
     with torch.device("meta"):
         model = cast(ZooModel, create_model(name, **options))
@@ -115,6 +116,11 @@ def describe(name: str, options: Mapping[str, Any]) -> Network:
         )
     block = cast(TransformerBlock, model.stack.blocks[0])
     attention = cast(DilatedAttention, block.attention)
+    if attention.extra_branches:
+        raise NotImplementedError(
+            "a plan knows dilated branches only, got a model with extra_branches="
+            f"{attention.extra_branches}. Plan it without them, or count them by model.flops."
+        )
     feed = block.feed_forward
     feed = feed.experts[0] if isinstance(feed, Multiway) else feed
     head = model.head_weight if isinstance(model, TextModel) else None

@@ -225,6 +225,7 @@ def _check_torchscale_has(config: TextConfig) -> None:
     """Refuses options with which torchscale would compute something else."""
     wanted: dict[str, tuple[object, ...]] = {
         "position": (None, "xpos", "relative"),
+        "extra_branches": ((),),
     }
     if config.position == "xpos":
         wanted["rotary_base"] = (10000.0,)

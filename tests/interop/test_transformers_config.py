@@ -9,6 +9,7 @@ from transformers import AutoConfig
 import longnet_zoo as lz
 from longnet_zoo.interop.transformers import LongNetConfig
 from longnet_zoo.models import LongNetLMConfig, LongNetMLMConfig, TextConfig
+from longnet_zoo.ops.branches import BigBirdBlocks, HashBuckets
 
 from .longnet_toys import SIZES
 
@@ -44,13 +45,21 @@ def test_config_carries_every_option_of_our_text_models(config_class):
         "tie_embeddings": False,
         "scale_embedding": True,
     }
-    assert {*other, "num_outputs"} == {field.name for field in fields(TextConfig)}
+    elsewhere = {"num_outputs", "extra_branches"}  # heads, and the next test
+    assert {*other} | elsewhere == {field.name for field in fields(TextConfig)}
     theirs = config_class(**other)
     ours = LongNetConfig.from_zoo(theirs, eos_token_id=3)
     assert ours.to_zoo() == theirs
     assert (ours.is_causal, ours.eos_token_id) == (config_class.is_causal, 3)
     assert (ours.hidden_size, ours.num_hidden_layers, ours.num_attention_heads) == (48, 5, 4)
     assert ours.tie_word_embeddings is False
+
+
+def test_config_carries_extra_branches_through_json(tmp_path):
+    branches = (HashBuckets(num_buckets=8, seed=3), BigBirdBlocks(block_size=16))
+    ours = LongNetLMConfig(position="rotary", extra_branches=branches)
+    LongNetConfig.from_zoo(ours).save_pretrained(tmp_path)
+    assert LongNetConfig.from_pretrained(tmp_path).to_zoo() == ours
 
 
 def test_config_defaults_are_those_of_our_models():

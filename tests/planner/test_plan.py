@@ -204,3 +204,9 @@ def test_links_between_nodes_are_slower():
 def test_a_model_of_several_stacks_is_refused():
     with pytest.raises(ValueError, match=r"one stack of blocks, got 'longnet_clip_tiny'.* visual,"):
         describe("longnet_clip_tiny", {})
+
+
+def test_branches_beside_the_pattern_are_refused():
+    options = {**ROTARY, "extra_branches": ({"kind": "hash_buckets", "num_buckets": 8},)}
+    with pytest.raises(NotImplementedError, match=r"got a model with .*HashBuckets\(num_buckets=8"):
+        describe("longnet_lm_base", options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -13,6 +13,7 @@ from longnet_zoo.models.text_config import (
     PAPER_SEGMENT_LENGTHS,
     TextConfig,
 )
+from longnet_zoo.ops.branches import make_branches
 
 __all__ = ["LongNetConfig"]
 
@@ -88,6 +89,7 @@ class LongNetConfig(PreTrainedConfig):
     drop_path: float = 0.0
     eps: float = 1e-5
     backend: str = "auto"
+    extra_branches: tuple[Any, ...] = ()
     tie_word_embeddings: bool = True
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -105,7 +107,8 @@ class LongNetConfig(PreTrainedConfig):
             )
         if self.position == "auto":
             self.position = "xpos" if self.is_causal else "rotary"
-        # JSON has no tuples.
+        # JSON has neither tuples nor branches.
+        self.extra_branches = tuple(map(asdict, make_branches(self.extra_branches)))
         self.segment_lengths = _as_tuple(self.segment_lengths)
         self.dilation_rates = _as_tuple(self.dilation_rates)
         self.to_zoo()  # Raises for values that our models refuse.
