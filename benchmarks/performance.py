@@ -48,6 +48,12 @@ QUESTIONS = {
         "still be seen, or one pass over all tokens for each. The score is the same either way; "
         "its `peak MiB` is beyond the weights.",
     ),
+    "pretrained": (
+        "What is a long context worth?",
+        "Bits per byte of held-out Python files, as few as possible, ± the standard error from "
+        "window to window. Every context scores the same bytes, in pieces that cannot see each "
+        "other; `xz -9e` packs each piece by itself, and at last all held-out text at once.",
+    ),
     "models": (
         "What does a training step cost?",
         "Forward, backward and AdamW of one sequence; `MiB` is the peak beyond weights and "
@@ -68,6 +74,16 @@ QUESTIONS = {
         "And in a whole model?",
         "One slide through `gigapath_slide_enc12l768d`, with the same model around other attention "
         "ops: the usual pipeline, and the data movement of the released code.",
+    ),
+    "branches": (
+        "When do branches by blocks and by content pay?",
+        "Causal attention of one sequence by such a branch alone. `vs dense` and `vs masked`: "
+        "times faster than PyTorch's causal attention, and than the same given a mask of all "
+        "pairs; GFLOP/s count the pairs that are attended. Subsets draw queries and keys at "
+        "random, and random vectors fill the buckets evenly. The last table has a noisy copy of "
+        "one early key in every query of the second half: the share of the dense softmax, and of "
+        "these planted keys, that branches show for about equal attended pairs. Keys that several "
+        "branches of a pattern show are one of `keys a query`.",
     ),
 }
 

@@ -232,6 +232,42 @@ def _bits(cell: dict[str, Any]) -> str:
     return f"{cell['bits_per_byte']:.3f}" + (f" ± {error:.3f}" if error else "")
 
 
+def _branches(document: Document) -> list[str]:
+    """Speed by length and pass, then what of dense attention is kept."""
+    lines: list[str] = []
+    speed, recall = (
+        [cell for cell in figures(document) if cell["part"] == part] for part in ("speed", "recall")
+    )
+    columns = ["ms", "GFLOP/s", "vs dense", "vs masked", "MiB"]
+    for seq_len in dict.fromkeys(cell["seq_len"] for cell in speed):
+        for passed in PASSES:
+            rows = [
+                [
+                    cell["contender"],
+                    _short(cell[passed]["median_ms"]),
+                    _short(cell[passed]["gflops_per_s"]),
+                    *(_ratio(cell[passed], f"speed_over_{x}") for x in ("dense", "masked")),
+                    _short(cell[passed]["peak_extra_mib"]),
+                ]
+                for cell in speed
+                if cell["seq_len"] == seq_len
+            ]
+            lines += ["", *table([f"{seq_len:,} tokens, {passed}", *columns], rows)]
+    if not recall:
+        return lines
+    header = [f"{recall[0]['seq_len']:,} tokens", "keys a query", "weights", "planted keys"]
+    rows = [
+        [
+            cell["branches"],
+            _short(cell["keys_per_query"]),
+            f"{cell['mass']:.3f}",
+            f"{cell['planted']:.3f}",
+        ]
+        for cell in recall
+    ]
+    return [*lines, "", *table(header, rows)]
+
+
 # Programme -> lines of Markdown of its results.
 TABLES: dict[str, Callable[[Document], list[str]]] = {
     "kernels": _kernels,
@@ -242,4 +278,5 @@ TABLES: dict[str, Callable[[Document], list[str]]] = {
     "memory": _memory,
     "bench": _bench,
     "slide_encoder": _slide_encoder,
+    "branches": _branches,
 }
