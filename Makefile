@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist wor
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train vision slides image-text captioning audio multimodal finetune test test-fast lint format bench clean FORCE
+.PHONY: help setup train vision slides image-text captioning audio multimodal finetune long-range test test-fast lint format bench docs clean FORCE
 
 help: ## List the targets
 	@echo "Usage: make TARGET [PYTHON=python3.12] [VENV=.venv] [ARGS=...]"
@@ -51,6 +51,9 @@ finetune: $(VENV)/.ready ## Train a small Llama on code, then LoRA adapters of i
 	test -f runs/finetune_base/model/model.safetensors || $(RUN) -m recipes.finetune_lora_quickstart
 	$(RUN) -m recipes.finetune_lora fit --config configs/finetune/quickstart.yaml $(ARGS)
 
+long-range: $(VENV)/.ready ## Compare dilated with dense attention at long-range tasks (1 hour)
+	$(RUN) -m recipes.long_range_sweep $(ARGS)
+
 test: lint ## Run every check: ruff, mypy, all tests
 	$(PYTEST) $(ARGS)
 
@@ -73,12 +76,17 @@ bench: $(VENV)/.ready ## Run the benchmarks on the CPU and write docs/performanc
 	    --output $(RESULTS)/models-cpu.json $(ARGS)
 	$(RUN) -m benchmarks.memory --output $(RESULTS)/memory-cpu.json
 	$(RUN) -m benchmarks.slide_encoder --output $(RESULTS)/slide-cpu.json
+	$(RUN) -m benchmarks.branches --device cpu --output $(RESULTS)/branches-cpu.json $(ARGS)
 	$(RUN) -m longnet_zoo.cli bench --device cpu --output $(RESULTS)/bench-cpu $(filter --resume,$(ARGS))
 	$(RUN) -m benchmarks.streaming --device cpu --output $(RESULTS)/streaming-cpu.json $(ARGS)
 	$(RUN) -m benchmarks.performance
 
+docs: $(VENV)/.ready ## Build the documentation into site/ (Python 3.11 or newer)
+	$(RUN) -m docs.generate
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 clean: ## Remove the virtual environment and caches; runs/ stays
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are written last, so an interrupted set-up starts that step again.
@@ -86,7 +94,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(VENV)/.python
 	@rm -f $@
 	@echo "set-up 2/2: packages into $(VENV) (2 to 10 minutes; torch alone is over 2 GB with CUDA)"
 	@$(RUN) -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_FLAGS) \
-	    --editable ".[train,slides,audio,image-text,hf,dev]" --constraint constraints.txt \
+	    --editable ".[train,slides,audio,image-text,hf,docs,dev]" --constraint constraints.txt \
 	    || { echo "error: pip could not install the packages; its message is above. Cure it and repeat." >&2; exit 1; }
 	@# The original that tests compare with; its dependencies pin versions of years ago.
 	@$(RUN) -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_FLAGS) \

@@ -12,11 +12,12 @@ import torch
 
 from longnet_zoo.factory import create_model
 from longnet_zoo.weights import to_published_state_dict
+from tests.markdown import links, read_blocks
 from tests.parallel.torchrun import torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+BLOCKS = [block.text for block in read_blocks(README) if block.language == "python"]
 
 
 def test_there_is_a_short_first_example():
@@ -83,9 +84,9 @@ def test_the_programme_for_many_devices_prints_what_one_process_finds(tmp_path):
 
 
 def test_linked_files_exist():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    missing = [link for link in links if not (ROOT / link).exists()]
-    assert links
+    found = links(README)
+    missing = [link for link in found if not (ROOT / link).exists()]
+    assert found
     assert not missing
 
 
