@@ -74,6 +74,7 @@ def test_there_are_the_configs_that_the_readme_names():
         "longnet_base_stack.yaml",
         "mlm_quickstart.yaml",
         "mlm_base.yaml",
+        "pretrain_pystdlib.yaml",
         "sequence_parallel_cpu.yaml",
         "sequence_parallel_node.yaml",
         "sequence_parallel_nodes.yaml",
