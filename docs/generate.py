@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from longnet_zoo.cli import short_number
 from longnet_zoo.factory import ModelInfo, list_models, model_info
 from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.planner import Network, PlanConfig, describe, plan_step
@@ -26,7 +27,6 @@ _MODEL, _POSITION = "longnet_lm_base", "rotary"
 _NEAR = 2048
 _LENGTHS = tuple(2**power for power in range(11, 21))
 _PLACE = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
-_UNITS = ("", "K", "M", "G", "T", "P")
 
 
 def main() -> None:
@@ -179,9 +179,9 @@ def _model_row(info: ModelInfo) -> tuple[str, ...]:
     return (
         f"`{info.name}`",
         info.description,
-        _short(info.num_params),
+        short_number(info.num_params),
         f"{info.seq_len:,}",
-        _short(info.flops),
+        short_number(info.flops),
         pattern,
         info.source,
     )
@@ -203,12 +203,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterabl
     """Writes a table of Markdown; columns in `right` are set flush right."""
     rule = ["---:" if place in set(right) else "---" for place in range(len(head))]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
-
-
-def _short(number: int) -> str:
-    """Three digits with a unit: 162M, 13.2T."""
-    power = max(0, (len(f"{number}") - 1) // 3)
-    return f"{number / 1000**power:.3g}{_UNITS[power]}"
 
 
 GENERATORS: dict[str, Callable[[], str]] = {

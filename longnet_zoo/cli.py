@@ -25,7 +25,7 @@ from longnet_zoo.plot import DOTS_PER_INCH, plot_pattern
 from longnet_zoo.registry import PublishedWeights, find_model, nearest_names
 from longnet_zoo.text.command import add_text_commands
 
-__all__ = ["main"]
+__all__ = ["main", "short_number"]
 
 _PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 _HEADS_DRAWN = 8
@@ -217,7 +217,7 @@ def _list(options: argparse.Namespace) -> None:
         table.add_row(
             info.name,
             info.modality.replace("-", "-\n"),  # two short lines leave room for the last column
-            _short(info.num_params),
+            short_number(info.num_params),
             "yes" if info.weights else "",
             info.description,
         )
@@ -319,8 +319,8 @@ def _facts(info: ModelInfo) -> dict[str, str]:
         "weights": "; ".join(x.tag for x in info.weights) or "none published",
         **_published_facts(info.published_options),
         **_pattern_facts(info.pattern),
-        "parameters": f"{info.num_params:,} ({_short(info.num_params)})",
-        "forward FLOPs": f"{_short(info.flops)} for {info.seq_len:,} tokens",
+        "parameters": f"{info.num_params:,} ({short_number(info.num_params)})",
+        "forward FLOPs": f"{short_number(info.flops)} for {info.seq_len:,} tokens",
     }
 
 
@@ -351,7 +351,7 @@ def _weights_fact(weights: PublishedWeights) -> tuple[str, str]:
     return f"- {weights.tag}", "\n".join(filter(None, lines))
 
 
-def _short(number: int) -> str:
+def short_number(number: int) -> str:
     """Three digits with a unit: 831K, 162M, 2.78G, 10.1T."""
     units = ("", "K", "M", "G", "T", "P", "E")
     # By what is shown: 999,600 is 1M, not 1000K.

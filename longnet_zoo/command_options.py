@@ -1,20 +1,39 @@
-"""Options of a model as they are typed on a command line: NAME=VALUE."""
+"""Arguments that several commands take: `--option NAME=VALUE` and `--dtype`."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["read_option"]
+__all__ = ["add_dtype_argument", "add_option_argument", "read_options"]
 
 
-def read_option(text: str) -> tuple[str, Any]:
+def add_option_argument(command: argparse.ArgumentParser, *, words: str) -> None:
+    """Adds `--option NAME=VALUE`, which may be repeated, with these words of help."""
+    command.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help=f"{words}; repeatable"
+    )
+
+
+def add_dtype_argument(command: argparse.ArgumentParser) -> None:
+    """Adds `--dtype`, the name of a floating-point type of torch."""
+    names = ("float32", "bfloat16", "float16")
+    command.add_argument("--dtype", choices=names, default="float32", help="default: float32")
+
+
+def read_options(texts: Iterable[str]) -> dict[str, Any]:
     """Reads NAME=VALUE: numbers, lists of them, true, false, null, and else words.
 
     Raises:
         ValueError: If there is no name or no value, or a number is not finite.
     """
+    return dict(map(_read_option, texts))
+
+
+def _read_option(text: str) -> tuple[str, Any]:
     name, separator, value = text.partition("=")
     if not separator or not name:
         raise ValueError(f"--option must be NAME=VALUE, got {text!r}.")

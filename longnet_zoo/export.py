@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 
-from longnet_zoo.command_options import read_option
+from longnet_zoo.command_options import add_dtype_argument, add_option_argument, read_options
 from longnet_zoo.factory import create_model
 from longnet_zoo.models import ZooModel
 
 __all__ = ["add_export_command"]
-
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_export_command(commands: Any) -> None:
@@ -34,14 +32,8 @@ def add_export_command(commands: Any) -> None:
         help="its weights: a file, a folder, a recipe's checkpoint or hf_hub:owner/name",
     )
     command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new one")
-    command.add_argument("--dtype", choices=_DTYPES, default="float32", help="default: float32")
-    command.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of the model, where the weights do not say it; repeatable",
-    )
+    add_dtype_argument(command)
+    add_option_argument(command, words="an option of the model, where the weights do not say it")
     command.set_defaults(run=_run)
 
 
@@ -52,7 +44,7 @@ def _run(options: argparse.Namespace) -> None:
             f"--output must be a new folder, got {folder}, which exists. Remove it or choose "
             "another."
         )
-    given = dict(map(read_option, options.option))
+    given = read_options(options.option)
     model = create_model(options.model, pretrained=options.pretrained, **given)
     assert isinstance(model, ZooModel)
     model.to(getattr(torch, options.dtype))

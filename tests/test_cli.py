@@ -272,7 +272,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     ],
 )
 def test_large_numbers_have_three_digits(number, words):
-    assert cli._short(number) == words
+    assert cli.short_number(number) == words
 
 
 def test_module_runs_as_a_programme():

@@ -19,7 +19,7 @@ from longnet_zoo.bench import (
     save_picture,
     write_json,
 )
-from longnet_zoo.command_options import read_option
+from longnet_zoo.command_options import add_option_argument, read_options
 
 from .evaluation import Cell, evaluate
 from .models import find_sources, load_source
@@ -49,13 +49,7 @@ def add_evaluate_command(commands: Any) -> None:
     command.add_argument(
         "--lengths", type=int, nargs="+", metavar="TOKENS", help="default: as usual for the task"
     )
-    command.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of the task, such as num_pairs=16; repeatable",
-    )
+    add_option_argument(command, words="an option of the task, such as num_pairs=16")
     command.add_argument(
         "--examples", type=int, default=200, help="examples of each seed (default: 200)"
     )
@@ -104,7 +98,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _tasks(options: argparse.Namespace) -> list[Task]:
     """Makes the task at each length, shortest first."""
-    given = dict(map(read_option, options.option))
+    given = read_options(options.option)
     if "seq_len" in given:
         raise ValueError("--option takes no seq_len: give --lengths.")
     lengths: Sequence[int | None] = sorted(set(options.lengths or [])) or [None]

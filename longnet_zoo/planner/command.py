@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from longnet_zoo.bench import Panel, check_matplotlib, draw, save_picture
-from longnet_zoo.command_options import read_option
+from longnet_zoo.command_options import add_option_argument, read_options
 from longnet_zoo.layers import MemorySaving
 from longnet_zoo.parallel.layout import Layout
 
@@ -43,12 +43,8 @@ def add_plan_command(commands: Any) -> None:
     command.add_argument(
         "--gpu", type=str.lower, default="h200", help=f"{', '.join(GPUS)} (default: h200)"
     )
-    command.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of the model, such as segment_lengths=2048,65536,1e9; repeatable",
+    add_option_argument(
+        command, words="an option of the model, such as segment_lengths=2048,65536,1e9"
     )
     command.add_argument(
         "--data-parallel-size", type=_count, default=1, help="sequences at a time (default: 1)"
@@ -164,7 +160,7 @@ def _add_saving_options(command: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     config = PlanConfig(
         model=options.model,
-        options=dict(map(read_option, options.option)),
+        options=read_options(options.option),
         seq_len=options.seq_len,
         gpus=options.gpus,
         gpu=options.gpu,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longnet_zoo.bench import choose_device
-from longnet_zoo.command_options import read_option
+from longnet_zoo.command_options import add_dtype_argument, add_option_argument, read_options
 from longnet_zoo.factory import create_model
 from longnet_zoo.models.text_decoder import LongNetLM
 from longnet_zoo.registry import find_model
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["add_text_commands"]
 
 _RANDOM = "random"
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_text_commands(commands: Any) -> None:
@@ -80,16 +79,11 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tokenizer", default="bytes", help="bytes, or the path of a tokenizer.json"
     )
-    command.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of the model, such as segment_lengths=2048,65536 (of one: 2048,); "
-        "repeatable",
+    add_option_argument(
+        command, words="an option of the model, such as segment_lengths=2048,65536 (of one: 2048,)"
     )
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    command.add_argument("--dtype", choices=_DTYPES, default="float32", help="default: float32")
+    add_dtype_argument(command)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -159,7 +153,7 @@ def _stream(options: argparse.Namespace) -> None:
 
 def _model(options: argparse.Namespace) -> tuple[LongNetLM, Tokenizer]:
     tokenizer = load_tokenizer(options.tokenizer)
-    given = dict(map(read_option, options.option))
+    given = read_options(options.option)
     source = options.pretrained or _shipped(options.model)
     model = create_model(options.model, pretrained=False if source == _RANDOM else source, **given)
     if not isinstance(model, LongNetLM):
