@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from timm.optim import Muon, param_groups_layer_decay
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
+
+from recipes.muon import Muon
 
 __all__ = [
     "OptimizationConfig",
