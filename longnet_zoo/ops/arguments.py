@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -64,13 +65,15 @@ def check_arguments(
 
 
 def check_numbers(**options: object) -> None:
-    """Checks that options are None or plain numbers; a tensor would lose its gradient unseen."""
+    """Checks that options are None or finite numbers; a tensor would lose its gradient unseen."""
     for name, value in options.items():
         if isinstance(value, (Tensor, str)):
             raise TypeError(
                 f"{name} must be a number, got {type(value).__name__}. To learn it, multiply q by "
                 "a parameter."
             )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}.")
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -45,20 +45,11 @@ def check_extra_branches(
 
 
 def _check_block_mask(branch: BlockSparse, q: Tensor) -> None:
-    shape, (_, seq_len, num_heads, _) = tuple(branch.block_mask.shape), q.shape
     if branch.block_mask.device != q.device:
         raise ValueError(
             f"block_mask must be on the device of q, got {branch.block_mask.device} and {q.device}."
         )
-    if shape[-1] * branch.block_size < seq_len:
-        raise ValueError(
-            f"block_mask must cover seq_len={seq_len}, got {shape[-1]} blocks of "
-            f"{branch.block_size} tokens. It needs {-(-seq_len // branch.block_size)} blocks."
-        )
-    if len(shape) == 3 and shape[0] != num_heads:
-        raise ValueError(
-            f"block_mask must have one mask or one for each of {num_heads} heads, got {shape}."
-        )
+    branch.check_fits(q.shape[1], q.shape[2])
 
 
 def _check_subset(name: str, mask: Tensor, q: Tensor) -> None:

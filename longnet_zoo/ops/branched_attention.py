@@ -74,7 +74,7 @@ class Branches(NamedTuple):
 
 _SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? query_labels, Tensor? key_labels, int[] num_labels, "
-    f"Tensor? block_masks, int[] block_sizes, {OPTIONS_SCHEMA}"
+    f"Tensor? block_masks, SymInt[] block_sizes, {OPTIONS_SCHEMA}"
 )
 
 
@@ -182,8 +182,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, 
     if not can_read(q):
         raise NotImplementedError(
             "extra_branches decide what is computed as they run, so they cannot be part of a CUDA "
-            f"graph, got {len(branches.num_labels) + len(branches.block_sizes) // 3} of them while "
-            "one is captured. Run without a graph."
+            "graph, got some while one is captured. Run without a graph."
         )
     sum_dtype = torch.promote_types(q.dtype, torch.float32)
     num_rows = q[..., 0].numel()

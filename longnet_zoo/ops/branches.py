@@ -58,9 +58,31 @@ class BlockSparse:
                 f"num_blocks), got {shape}."
             )
 
+    def check_fits(self, seq_len: int, num_heads: int) -> None:
+        """Refuses sequences that the mask does not cover, and other heads.
+
+        Raises:
+            ValueError: If it does not fit.
+        """
+        shape = tuple(self.block_mask.shape)
+        if shape[-1] * self.block_size < seq_len:
+            raise ValueError(
+                f"block_mask must cover seq_len={seq_len}, got {shape[-1]} blocks of "
+                f"{self.block_size} tokens. It needs {-(-seq_len // self.block_size)} blocks."
+            )
+        if len(shape) == 3 and shape[0] != num_heads:
+            raise ValueError(
+                f"block_mask must have one mask or one for each of {num_heads} heads, got {shape}."
+            )
+
     def attended_pairs(self, seq_len: int, num_heads: int, *, is_causal: bool = False) -> int:
-        """Counts the (query, key) pairs of all heads."""
+        """Counts the (query, key) pairs of all heads.
+
+        Raises:
+            ValueError: If the mask is too small, or has other heads.
+        """
         num_blocks = -(-seq_len // self.block_size)
+        self.check_fits(seq_len, num_heads)
         mask = self.block_mask[..., :num_blocks, :num_blocks].cpu()
         starts = torch.arange(num_blocks) * self.block_size
         sizes = (seq_len - starts).clamp_max(self.block_size).double()
@@ -223,12 +245,13 @@ def _make_branch(option: object) -> ConfiguredBranch:
     if isinstance(option, ConfiguredBranch):
         return option
     kind = option.get("kind") if isinstance(option, Mapping) else None
-    if not isinstance(option, Mapping) or kind not in _CONFIGURED:
+    if not isinstance(kind, str) or kind not in _CONFIGURED:
         got = f"kind={kind!r}" if isinstance(option, Mapping) else type(option).__name__
         raise TypeError(
             "extra_branches of a layer or config must be BigBirdBlocks or HashBuckets, or mappings "
             f"with a kind among {tuple(_CONFIGURED)}, got {got}."
         )
+    assert isinstance(option, Mapping)
     branch_class = _CONFIGURED[kind]
     known = [field.name for field in fields(branch_class)]
     unknown = [name for name in option if name not in known]
@@ -244,6 +267,8 @@ def _check_integers(branch: Any, *names: str, minimum: int) -> None:
             raise TypeError(f"{name} must be an integer, got {value!r}.")
         if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+        if value >= 2**63:
+            raise ValueError(f"{name} must be below 2**63, got {value}.")
 
 
 def _check_bool(name: str, mask: Tensor) -> None:

@@ -111,8 +111,11 @@ def explain_backend(
     backward = options.call(
         q, has_hidden_keys=has_hidden_keys, is_backward=True, has_lse_grad=return_lse
     )
-    calls = (replace(call, is_block=pattern is None) for call in (forward, backward))
-    return _report(backend, *calls)
+    tiles = [replace(call, is_block=True, has_hidden_keys=False) for call in (forward, backward)]
+    if extra_branches:
+        for call in tiles:
+            choose_kernel(backend, call)  # refuses what their branches would refuse
+    return _report(backend, *(tiles if pattern is None else (forward, backward)))
 
 
 def _report(backend: str, forward: Call, backward: Call) -> BackendReport:

@@ -195,8 +195,8 @@ def check_xpos_range(
             f"xPos with scale_base={scale_base} overflows {dtype} in a segment of {span} positions "
             f"({mode} attention): factors would reach "
             f"exp({span / 2 * decay_per_position / scale_base:.0f}), the limit is "
-            f"exp({limit:.0f}). Use scale_base={needed} or more, or shorter segments"
-            f"{', or bfloat16' if dtype == torch.float16 else ''}."
+            f"exp({limit:.0f}). Use scale_base={needed} or more (of a model: xpos_scale_base), or "
+            f"shorter segments{', or bfloat16' if dtype == torch.float16 else ''}."
         )
 
 

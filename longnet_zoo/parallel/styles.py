@@ -90,6 +90,11 @@ class ParallelAttention(ParallelStyle):
             )
         op = self._op(device_mesh)
         for layer in layers:
+            if getattr(layer, "extra_branches", ()):
+                raise NotImplementedError(
+                    "processes that share a sequence know dilated branches only, got a layer with "
+                    f"extra_branches={layer.extra_branches}. Run the model whole."
+                )
             if self.method == "all_to_all":
                 check_num_heads(layer.num_heads, device_mesh.size())
             if self.method == "ring":

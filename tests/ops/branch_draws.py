@@ -6,13 +6,19 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longnet_zoo.ops.branches import BlockSparse, HashBuckets, TokenSubset
+from longnet_zoo.ops.branches import (
+    BigBirdBlocks,
+    BlockSparse,
+    ExtraBranch,
+    HashBuckets,
+    TokenSubset,
+)
 from longnet_zoo.ops.dilated_attention import dilated_attention
 from longnet_zoo.ops.reference import dilated_attention_reference
 
 from .draws import TOLERANCES, Call, assert_close, calls, cotangents, sum_loss
 
-KINDS = ("blocks", "blocks_by_head", "hashes", "subset")
+KINDS = ("blocks", "blocks_by_head", "big_bird", "hashes", "subset")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +30,22 @@ class BranchedCall:
     has_pattern: bool = True
     block_size: int = 5
 
-    def branches(self) -> tuple[BlockSparse | HashBuckets | TokenSubset, ...]:
-        return tuple(self._branch(kind, number) for number, kind in enumerate(self.kinds))
+    def branches(self, *, for_op: bool = True) -> tuple[ExtraBranch, ...]:
+        return tuple(
+            self._branch(kind, number, for_op=for_op) for number, kind in enumerate(self.kinds)
+        )
 
-    def _branch(self, kind: str, number: int) -> BlockSparse | HashBuckets | TokenSubset:
+    def _branch(self, kind: str, number: int, *, for_op: bool) -> ExtraBranch:
         call = self.call
         generator = torch.Generator().manual_seed(call.seed + number)
 
         def draw(*shape: int) -> Tensor:
             return (torch.rand(shape, generator=generator) < 0.5).to(call.device)
 
+        if kind == "big_bird":
+            branch = BigBirdBlocks(block_size=self.block_size, seed=call.seed + number)
+            # The oracle knows masks only; the op makes them for the length of the call.
+            return branch if for_op else branch.for_length(call.seq_len, call.device)
         if kind == "hashes":
             return HashBuckets(num_buckets=4, num_rounds=2, seed=call.seed + number)
         if kind == "subset":
@@ -75,7 +87,7 @@ def results(
         inputs["v"],
         call.pattern if branched.has_pattern else None,
         return_lse=True,
-        extra_branches=branched.branches(),
+        extra_branches=branched.branches(for_op=attend is dilated_attention),
         **call.options(),
         **more,
     )

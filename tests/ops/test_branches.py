@@ -151,6 +151,7 @@ def test_other_options_are_refused(options, error, words):
         (lambda: HashBuckets(num_buckets=4.0), TypeError, "must be an integer, got 4.0"),
         (lambda: HashBuckets(num_buckets=4, num_rounds=0), ValueError, "num_rounds .* got 0"),
         (lambda: HashBuckets(num_buckets=4, seed=-1), ValueError, "seed must be .* got -1"),
+        (lambda: BigBirdBlocks(seed=2**63), ValueError, r"seed must be below 2\*\*63, got 922"),
         (lambda: HashBuckets(num_buckets=4, kind="x"), ValueError, "'hash_buckets', got 'x'"),
         (lambda: BigBirdBlocks(kind="x"), ValueError, "BigBirdBlocks must be 'big_bird', got 'x'"),
         (lambda: BigBirdBlocks(block_size=0), ValueError, "block_size must be at least 1, got 0"),
@@ -217,8 +218,32 @@ def test_options_that_branches_do_not_serve_are_refused(options, words):
 
 def test_capture_of_a_cuda_graph_is_refused(monkeypatch):
     monkeypatch.setattr("longnet_zoo.ops.branched_attention.can_read", lambda x: False)
-    with pytest.raises(NotImplementedError, match="part of a CUDA graph, got 2 of them"):
+    with pytest.raises(NotImplementedError, match="part of a CUDA graph, got some"):
         attend(HashBuckets(num_buckets=4, num_rounds=2))
+
+
+@pytest.mark.parametrize("pattern", [None, lz.DilatedPattern.geometric(4, 8)])
+@pytest.mark.parametrize("is_lone", [True, False])
+def test_what_is_no_tuple_of_branches_is_refused(pattern, is_lone):
+    q, k, v = torch.randn(3, 1, 12, 2, 4).unbind(0)
+    branch = HashBuckets(num_buckets=4)
+    given = branch if is_lone else iter([branch])
+    with pytest.raises(TypeError, match="must be a tuple of branches, got"):
+        lz.dilated_attention(q, k, v, pattern, extra_branches=given)
+
+
+def test_a_negative_scale_is_refused():
+    with pytest.raises(NotImplementedError, match=r"need a positive scale, got -0\.5"):
+        attend(HashBuckets(num_buckets=4), scale=-0.5)
+
+
+def test_pairs_of_a_mask_that_does_not_fit_are_not_counted():
+    branch = BlockSparse(block_mask=MASK, block_size=4)
+    with pytest.raises(ValueError, match="must cover seq_len=13"):
+        branch.attended_pairs(13, 2)
+    by_head = BlockSparse(block_mask=MASK.expand(3, 3, 3), block_size=4)
+    with pytest.raises(ValueError, match="one for each of 2 heads"):
+        by_head.attended_pairs(12, 2)
 
 
 def test_bias_is_refused_beside_a_pattern():

@@ -146,9 +146,11 @@ def test_one_branch_of_rate_one_is_dense_attention(seq_len, segment_length, back
     torch.testing.assert_close(out, expected, **FLOAT32)
 
 
-@pytest.mark.parametrize("scale", [0.05, -0.4, 0.9])
-def test_scale_is_used(scale):
-    assert_parity(dataclasses.replace(CALLS["nothing_divides"], scale=scale))
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("scale", [0.05, -0.4, 0.0, 0.9])
+def test_scale_is_used(scale, is_causal):
+    call = CALLS["nothing_divides"]
+    assert_parity(dataclasses.replace(call, scale=scale, is_causal=is_causal))
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: f"{s[0]}-{s[1]}-causal={s[2]}")

@@ -45,7 +45,9 @@ def supports(call: Call) -> str | None:
     if call.head_dim > _MAX_HEAD_DIM:
         return f"needs a head_dim of at most {_MAX_HEAD_DIM}, got {call.head_dim}"
     if call.is_block:
-        return "attends to whole sequences, not to blocks of those that processes share"
+        return (
+            "attends to whole sequences, not to blocks (extra_branches, several processes)"
+        )
     if call.has_dense_bias:
         return "does not support a bias by pairs of positions"
     if call.has_unnested_xpos:
