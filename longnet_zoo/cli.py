@@ -80,7 +80,9 @@ def _make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("info", help="describe a model", description="Describes a model.")
     command.add_argument("name", help="name of the model")
     command.add_argument(
-        "--seq-len", type=int, help="tokens to count FLOPs for (default: the longest segment)"
+        "--seq-len",
+        type=int,
+        help="tokens to count FLOPs for (default: its usual length)",
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.set_defaults(run=_info)

@@ -25,30 +25,33 @@ def add_dtype_argument(command: argparse.ArgumentParser) -> None:
 
 
 def read_options(texts: Iterable[str]) -> dict[str, Any]:
-    """Reads NAME=VALUE: numbers, lists of them, true, false, null, and else words.
+    """Reads NAME=VALUE: JSON, lists without brackets, and else words.
 
     Raises:
-        ValueError: If there is no name or no value, or a number is not finite.
+        ValueError: If there is no name or no value, a name comes twice, or a number is not finite.
     """
-    return dict(map(_read_option, texts))
-
-
-def _read_option(text: str) -> tuple[str, Any]:
-    name, separator, value = text.partition("=")
-    if not separator or not name:
-        raise ValueError(f"--option must be NAME=VALUE, got {text!r}.")
-    if "," in value:
-        return name, tuple(_read_value(x) for x in value.split(",") if x)
-    return name, _read_value(value)
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not name or not value:
+            raise ValueError(f"--option must be NAME=VALUE, got {text!r}.")
+        if name in options:
+            raise ValueError(f"--option must give {name} once, got it twice. Leave one out.")
+        options[name] = _read_value(value)
+    return options
 
 
 def _read_value(text: str) -> Any:
+    def number(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            raise ValueError(f"--option takes finite numbers, got {text!r}.")
+        return int(value) if "e" in digits.lower() and value.is_integer() else value
+
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_float=number, parse_constant=number)
     except json.JSONDecodeError:
-        return text
-    if not isinstance(value, float):
-        return value
-    if not math.isfinite(value):
-        raise ValueError(f"--option takes finite numbers, got {text!r}.")
-    return int(value) if "e" in text.lower() and value.is_integer() else value
+        if "," not in text:
+            return text
+        value = [_read_value(part) for part in text.split(",") if part]
+    return tuple(value) if isinstance(value, list) else value

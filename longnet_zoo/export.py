@@ -12,6 +12,7 @@ import torch
 from longnet_zoo.command_options import add_dtype_argument, add_option_argument, read_options
 from longnet_zoo.factory import create_model
 from longnet_zoo.models import ZooModel
+from longnet_zoo.registry import find_model
 
 __all__ = ["add_export_command"]
 
@@ -29,7 +30,7 @@ def add_export_command(commands: Any) -> None:
         "--pretrained",
         required=True,
         metavar="SOURCE",
-        help="its weights: a file, a folder, a recipe's checkpoint or hf_hub:owner/name",
+        help="its weights: a tag, a file, a folder, a recipe's checkpoint or hf_hub:owner/name",
     )
     command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new one")
     add_dtype_argument(command)
@@ -49,9 +50,32 @@ def _run(options: argparse.Namespace) -> None:
     assert isinstance(model, ZooModel)
     model.to(getattr(torch, options.dtype))
     model.save_pretrained(folder)
+    (folder / "README.md").write_text(_card(options, model), encoding="utf-8")
     size = sum(file.stat().st_size for file in folder.iterdir())
     sys.stdout.write(
         f"{folder}: {type(model).__name__}, {model.num_params():,} parameters, {options.dtype}, "
         f"{size / 1e6:.1f} MB\nuse: --pretrained {folder}, or "
         f"create_model({options.model!r}, pretrained={str(folder)!r})\n"
     )
+
+
+def _card(options: argparse.Namespace, model: ZooModel) -> str:
+    """What is known of the weights; the licence where they are published ones."""
+    name, source = options.model, options.pretrained
+    published = next((own for own in find_model(name).weights if own.tag == source), None)
+    lines = ["---", "library_name: longnet_zoo"]
+    lines += [] if published is None else [f"license: {published.licence.lower()}"]
+    origin = f"`{source}`" if published is None else f"`{source}` ({published.location})"
+    lines += [
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"{type(model).__name__} with {model.num_params():,} parameters, {options.dtype}, exported "
+        f"from {origin}.",
+        "",
+        "    import longnet_zoo as lz",
+        f'    model = lz.create_model("{name}", pretrained="FOLDER")',
+        "",
+    ]
+    return "\n".join(lines)

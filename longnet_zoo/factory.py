@@ -207,9 +207,11 @@ def _build_with(entry: ModelEntry, weights: FoundWeights, options: Mapping[str, 
     """Makes a model with weights; what the user asks for wins over what they were trained with."""
     converter, state_dict = CONVERTERS.get(entry.family), weights.state_dict
     if weights.config is not None:
-        config = config_from_json(type(_build_empty(entry)), weights.config)
-        config = config.changed(weights.options).changed(options)
-        _check_sizes(entry, config, options, weights.source)
+        own = config_from_json(type(_build_empty(entry)), weights.config)
+        config = own.changed(weights.options).changed(options)
+        # The number of heads has no part in the shapes of weights, so it may be changed.
+        heads = {name: x for name, x in config.options().items() if name.endswith("num_heads")}
+        _check_sizes(entry, {**own.options(), **heads}, options, weights.source)
     else:
         config = entry.config.changed(weights.options).changed(options)
         if converter is not None:
@@ -228,9 +230,11 @@ def _build_with(entry: ModelEntry, weights: FoundWeights, options: Mapping[str, 
     return model
 
 
-def _check_sizes(entry: ModelEntry, config: Any, options: Mapping[str, Any], source: str) -> None:
+def _check_sizes(
+    entry: ModelEntry, found: Mapping[str, Any], options: Mapping[str, Any], source: str
+) -> None:
     """Refuses a folder with the sizes of another model than the one asked for."""
-    sizes, found = entry.config.changed(options).options(), config.options()
+    sizes = entry.config.changed(options).options()
     differing = [
         name
         for name, size in sizes.items()
@@ -241,7 +245,8 @@ def _check_sizes(entry: ModelEntry, config: Any, options: Mapping[str, Any], sou
         raise ValueError(
             f"weights for {entry.name!r} must have {as_arguments(wanted)}, {source} has "
             f"{as_arguments(got)}. Pass these as options, or call "
-            f"{type(_build_empty(entry)).__name__}.from_pretrained on a folder."
+            f"{type(_build_empty(entry)).__name__}.from_pretrained on a folder; without weights, "
+            "options are free."
         )
 
 

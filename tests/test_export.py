@@ -27,7 +27,9 @@ def test_folder_holds_weights_options_and_card(model, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"LongNetLM, {model.num_params():,} parameters, float32" in out
     assert json.loads((folder / "config.json").read_text())["embed_dim"] == 24
-    assert (folder / "README.md").is_file()
+    card = (folder / "README.md").read_text()
+    assert f"LongNetLM with {model.num_params():,} parameters, float32, exported from" in card
+    assert 'lz.create_model("longnet_lm_tiny", pretrained="FOLDER")' in card
     loaded = create_model("longnet_lm_tiny", pretrained=folder, **OPTIONS)
     for name, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight)

@@ -250,9 +250,18 @@ def _lengths(tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
     return prompt_lengths("key_padding_mask", padding_mask, tuple(tokens.shape))
 
 
-def _check_numbers(model: Any, max_new_tokens: int, chunk_size: int, seed: int | None) -> None:
+def check_seed(seed: int | None) -> None:
+    """Refuses what no generator of random numbers takes.
+
+    Raises:
+        ValueError: If it is neither None nor an integer in [0, 2**63).
+    """
     if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
         raise ValueError(f"seed must be None or an integer in [0, 2**63), got {seed!r}.")
+
+
+def _check_numbers(model: Any, max_new_tokens: int, chunk_size: int, seed: int | None) -> None:
+    check_seed(seed)
     for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size)):
         if type(value) is not int:
             raise TypeError(f"{name} must be an integer, got {value!r}.")

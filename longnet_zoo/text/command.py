@@ -15,6 +15,7 @@ import torch
 from longnet_zoo.bench import choose_device
 from longnet_zoo.command_options import add_dtype_argument, add_option_argument, read_options
 from longnet_zoo.factory import create_model
+from longnet_zoo.models.generation import check_seed
 from longnet_zoo.models.text_decoder import LongNetLM
 from longnet_zoo.registry import find_model
 from longnet_zoo.tokenizers import Tokenizer, load_tokenizer
@@ -73,7 +74,7 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--pretrained",
         metavar="SOURCE",
-        help="its weights: a file, a folder, a recipe's checkpoint, hf_hub:owner/name, or "
+        help="its weights: a tag, a file, a folder, a recipe's checkpoint, hf_hub:owner/name, or "
         f"{_RANDOM} (default: those that come with the package, if there are any for the model)",
     )
     command.add_argument(
@@ -88,6 +89,7 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     if options.seed is not None:
+        check_seed(options.seed)
         torch.manual_seed(options.seed)  # also of weights that are drawn
     model, tokenizer = _model(options)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -135,7 +137,10 @@ def _stream(options: argparse.Namespace) -> None:
     if options.json:
         found = {
             "model": options.model,
-            "pretrained": options.pretrained,
+            "pretrained": _source(options),
+            "options": read_options(options.option),
+            "dtype": options.dtype,
+            "tokenizer": options.tokenizer,
             "file": str(options.file),
             "num_bytes": score.num_bytes,
             "num_tokens": score.num_tokens,
@@ -154,7 +159,7 @@ def _stream(options: argparse.Namespace) -> None:
 def _model(options: argparse.Namespace) -> tuple[LongNetLM, Tokenizer]:
     tokenizer = load_tokenizer(options.tokenizer)
     given = read_options(options.option)
-    source = options.pretrained or _shipped(options.model)
+    source = _source(options)
     model = create_model(options.model, pretrained=False if source == _RANDOM else source, **given)
     if not isinstance(model, LongNetLM):
         raise ValueError(
@@ -169,9 +174,11 @@ def _model(options: argparse.Namespace) -> tuple[LongNetLM, Tokenizer]:
     return model.to(device, getattr(torch, options.dtype)).eval(), tokenizer
 
 
-def _shipped(name: str) -> str:
-    """The tag of the weights that come with the package; "random" where none do."""
-    tags = (weights.tag for weights in find_model(name).weights if weights.is_shipped)
+def _source(options: argparse.Namespace) -> str:
+    """Whose weights: by default those that come with the package, "random" where none do."""
+    if options.pretrained is not None:
+        return options.pretrained
+    tags = (own.tag for own in find_model(options.model).weights if own.is_shipped)
     return next(tags, _RANDOM)
 
 
