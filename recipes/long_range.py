@@ -4,7 +4,7 @@ r"""Trains a model on a task that needs a long memory, at a number of training F
     python -m recipes.long_range fit --config configs/long_range/mqar.yaml \
         --model.attention dense --trainer.default_root_dir runs/long_range/mqar-dense
     python -m recipes.long_range test --config configs/long_range/mqar.yaml
-    longnet-zoo evaluate --task mqar --lengths 1024 4096 \
+    longnet-zoo evaluate --task mqar --lengths 1024 --option vocab_size=256 \
         --models dilated=runs/long_range/mqar/model dense=runs/long_range/mqar-dense/model
 
 With the same `train_flops`, dilated and dense attention get the same compute: what a step costs is
@@ -217,6 +217,7 @@ class LongRange(L.LightningModule):
             "attention": self.hparams["attention"],
             "steps": self.global_step,
             "train_flops": self.plan.flops(self.step_flops(), self.global_step),
+            "example_flops": flops_per_example(self.model, self.task),
         }
         self.model.save_pretrained(folder / "model")
         (folder / "model" / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n")

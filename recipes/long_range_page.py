@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from longnet_zoo.bench import markdown_table
 from longnet_zoo.long_range import Cell
 from longnet_zoo.long_range.table import COLUMNS, rows
 
@@ -36,7 +37,7 @@ def long_range_page(document: dict[str, Any], *, picture: Path, page: Path) -> s
         page: Where the page will be, which links to the picture.
     """
     tables = [
-        f"## {task}\n\n{_table([Cell(**cell) for cell in cells])}\n"
+        f"## {task}\n\n{markdown_table(COLUMNS, rows([Cell(**cell) for cell in cells]))}\n"
         for task, cells in document["tasks"].items()
     ]
     return _PAGE.format(
@@ -46,8 +47,3 @@ def long_range_page(document: dict[str, Any], *, picture: Path, page: Path) -> s
         command=document["command"],
         **{name: document["environment"][name] for name in ("device", "torch", "commit", "date")},
     )
-
-
-def _table(cells: list[Cell]) -> str:
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(cells)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

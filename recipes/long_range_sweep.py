@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -35,13 +36,10 @@ from longnet_zoo.long_range import (
     accuracy_table,
     draw_accuracy,
     draw_examples,
-    flops_per_example,
-    load_source,
     majority,
     make_cell,
     make_task,
 )
-from longnet_zoo.long_range.models import Source
 from recipes.long_range_page import long_range_page
 
 __all__ = ["Run", "SweepConfig", "main", "run_sweep"]
@@ -161,13 +159,18 @@ def run_sweep(config: SweepConfig) -> dict[str, list[Cell]]:
     start, failed = time.monotonic(), []
     with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
         waiting = {pool.submit(_execute, run, config): run for run in missing}
-        for number, done in enumerate(concurrent.futures.as_completed(waiting), 1):
-            run, minutes = waiting[done], (time.monotonic() - start) / 60
-            words = done.result()
-            failed += [] if run.is_finished(config) else [run]
-            left = minutes / number * (len(missing) - number)
-            print(f"{number}/{len(missing)} {run.folder(config).name}: {words}", flush=True)
-            print(f"    {minutes:.1f} minutes so far, about {left:.0f} left", flush=True)
+        try:
+            for number, done in enumerate(concurrent.futures.as_completed(waiting), 1):
+                run, minutes = waiting[done], (time.monotonic() - start) / 60
+                words = done.result()
+                failed += [] if run.is_finished(config) else [run]
+                left = minutes / number * (len(missing) - number)
+                print(f"{number}/{len(missing)} {run.folder(config).name}: {words}", flush=True)
+                print(f"    {minutes:.1f} minutes so far, about {left:.0f} left", flush=True)
+        except BaseException:
+            # Leaving the pool waits for all that is queued.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if failed:
         raise RuntimeError(
             f"{len(failed)} of {len(runs)} runs failed: see "
@@ -185,12 +188,13 @@ def _config(task: str) -> Path:
 
 def _runs(config: SweepConfig) -> list[Run]:
     """Lists the runs, seeds outermost, so that an early stop leaves whole comparisons."""
-    return [
+    runs = [
         Run(task=task, seq_len=length, attention=attention, seed=seed)
         for seed, task in itertools.product(range(config.seeds), config.tasks)
         for length in config.lengths or (_usual(task)["seq_len"],)
         for attention in _ATTENTIONS
     ]
+    return list(dict.fromkeys(runs))
 
 
 def _usual(task: str) -> dict[str, Any]:
@@ -203,8 +207,10 @@ def _execute(run: Run, config: SweepConfig) -> str:
     folder = run.folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     command = run.command(config)
-    # Figures of other settings must not be taken for those of this run.
+    # Neither figures nor checkpoints of other settings must be taken for those of this run.
     (folder / "metrics.json").unlink(missing_ok=True)
+    if not run.is_begun(config):
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     (folder / _SETTINGS).write_text(json.dumps(run.settings(config), indent=1) + "\n")
     _start(command, folder / _LOG)
     if not run.is_finished(config):
@@ -226,7 +232,7 @@ def _gather(task: str, runs: Sequence[Run], config: SweepConfig) -> list[Cell]:
     options = _usual(task).get("task_options") or {}
     cells = []
     for length in sorted({run.seq_len for run in runs if run.task == task}):
-        made = make_task(task, seq_len=length, **options)
+        made = make_task(_usual(task)["task"], seq_len=length, **options)
         examples = draw_examples(made, 200)
         for attention in _ATTENTIONS:
             chosen = [
@@ -236,7 +242,6 @@ def _gather(task: str, runs: Sequence[Run], config: SweepConfig) -> list[Cell]:
             ]
             places = [run.folder(config) for run in chosen]
             records = [json.loads((place / "metrics.json").read_text()) for place in places]
-            model, _ = load_source(Source(label=attention, place=str(places[0] / "model")))
             cells.append(
                 make_cell(
                     attention,
@@ -245,7 +250,7 @@ def _gather(task: str, runs: Sequence[Run], config: SweepConfig) -> list[Cell]:
                     trainings=[record["training"] for record in records],
                     majority=majority(made, examples),
                     num_examples=records[0]["test"]["examples"],
-                    flops=flops_per_example(model, made),
+                    flops=records[0]["training"]["example_flops"],
                 )
             )
     return cells
@@ -308,6 +313,8 @@ def main(args: Sequence[str] | None = None) -> None:
         )
     except (ValueError, RuntimeError) as error:
         parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped; the same command goes on\n")
 
 
 if __name__ == "__main__":

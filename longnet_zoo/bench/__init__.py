@@ -2,6 +2,7 @@
 
 from .command import draw_bench, run_bench
 from .comparison import ComparisonConfig, Lengths, compare
+from .markdown import markdown_table
 from .measure import (
     Timing,
     alternate,
@@ -31,6 +32,7 @@ __all__ = [
     "draw_bench",
     "environment",
     "make_progress",
+    "markdown_table",
     "reading",
     "run_bench",
     "save_picture",

@@ -171,7 +171,7 @@ def _score_within_memory(model: nn.Module, task: Task, examples: Sequence[Exampl
     if needed > available:
         return f"out of memory: {needed:,.0f} MiB needed, {available:,.0f} free"
     try:
-        return score_model(model, task, examples)
+        return score_model(model, task, examples, batch_size=max(1, int(available // needed)))
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
             raise

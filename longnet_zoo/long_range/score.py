@@ -68,13 +68,16 @@ def draw_examples(task: Task, number: int, *, seed: int = 0) -> list[Example]:
 
 
 @torch.no_grad()
-def score_model(model: nn.Module, task: Task, examples: Sequence[Example]) -> Score:
+def score_model(
+    model: nn.Module, task: Task, examples: Sequence[Example], *, batch_size: int | None = None
+) -> Score:
     """Asks a model for the answers of examples.
 
     Args:
         model: A model that `check_model` accepts, in evaluation mode, on any device.
         task: The task.
         examples: Of this task.
+        batch_size: Examples asked at once, at most; None: as many as 65,536 tokens hold.
 
     Raises:
         ValueError: The model is in training mode, or there are no examples.
@@ -84,7 +87,8 @@ def score_model(model: nn.Module, task: Task, examples: Sequence[Example]) -> Sc
     if not examples:
         raise ValueError("a score needs at least one example, got none.")
     device = next(model.parameters()).device
-    batch_size = max(1, _TOKENS_PER_BATCH // task.seq_len)
+    usual = max(1, _TOKENS_PER_BATCH // task.seq_len)
+    batch_size = min(usual, batch_size or usual)
     score = Score()
     for start in range(0, len(examples), batch_size):
         batch = stack_examples(examples[start : start + batch_size])

@@ -93,7 +93,7 @@ def test_lengths_that_do_not_fit_memory_are_said(monkeypatch):
 
 
 def test_memory_that_runs_out_on_the_way_is_said_and_bugs_are_raised(monkeypatch):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise RuntimeError(words)
 
     monkeypatch.setattr(evaluation, "score_model", fail)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+import time
 
 import pytest
 
@@ -131,3 +132,40 @@ def test_bad_options_are_one_line(options, words, capsys):
         main(options)
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_other_settings_is_not_gone_on_from(tmp_path, monkeypatch):
+    config = make_config(tmp_path, lengths=(16,), seeds=1)
+    run = Run(task="selective_copying", seq_len=16, attention="dense", seed=0)
+    commands = []
+    monkeypatch.setattr(long_range_sweep, "_start", lambda command, log: commands.append(command))
+    long_range_sweep._execute(run, config)
+    (run.folder(config) / "checkpoints").mkdir()
+    (run.folder(config) / "checkpoints" / "last.ckpt").touch()
+    long_range_sweep._execute(run, config)
+    assert commands.pop()[-2:] == ["--ckpt_path", "last"]
+    other = SweepConfig(**{**vars(config), "arguments": (*ARGUMENTS, "--data.batch_size=3")})
+    # The first one ends before it has written anything.
+    for _ in range(2):
+        long_range_sweep._execute(run, other)
+        assert commands.pop()[-1] == "--data.batch_size=3"
+
+
+def test_runs_that_wait_are_not_begun_after_an_interrupt(tmp_path, monkeypatch):
+    begun = []
+
+    def start(command, log):
+        begun.append(command)
+        if len(begun) > 1:
+            time.sleep(0.5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(long_range_sweep, "_start", start)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(make_config(tmp_path))
+    assert len(begun) < 8
+
+
+def test_a_length_that_is_given_twice_is_run_once(tmp_path):
+    config = make_config(tmp_path, lengths=(16, 16), seeds=1)
+    assert len(long_range_sweep._runs(config)) == 2
