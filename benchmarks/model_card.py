@@ -18,9 +18,13 @@ from longnet_zoo.factory import model_info
 __all__ = ["card"]
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "pretrained-cpu.json"
+RESULTS = ROOT / "benchmarks" / "results"
+SCORES, RUN, DENSE_RUN = (
+    RESULTS / f"{name}.json"
+    for name in ("pretrained-cpu", "pretraining-dilated", "pretraining-dense")
+)
 CARD = ROOT / "longnet_zoo" / "weights" / "shipped" / "longnet_lm_tiny" / "README.md"
-SHIPPED = "shipped"
+SHIPPED, DENSE = "shipped", "dense"
 
 # What the corpus reads, with the licence of each.
 LICENCES = {
@@ -48,7 +52,7 @@ the package, so it needs no network:
     model = lz.create_model("longnet_lm_tiny", pretrained=True).eval()
 
     longnet-zoo generate "def "
-    longnet-zoo stream --file setup.py
+    longnet-zoo stream --file FILE
 
 It is small, and made to show how long context is used and to try things on: it writes what looks
 like Python, but not programmes that work. Nothing was done against bias or against secrets in the
@@ -67,7 +71,7 @@ _DATA = """
 Python files (`source: python`): the standard library of Python {python} and the installed packages
 below, without what is installed beside them; files with the same content once. A file is held out
 by a hash of its path: {val:.1f} MB for validation while training, {test:.1f} MB for the test, which
-was looked at once, for this card. Fingerprint of files and splits: `{fingerprint}`.
+no choice was made by. Fingerprint of files and splits: `{fingerprint}`.
 """
 
 _TRAINING = """
@@ -75,11 +79,11 @@ _TRAINING = """
 
     python -m recipes.text_lm fit --config configs/text/pretrain_pystdlib.yaml
 
-{steps:,} steps, {read:.0f} of {available:.0f} million bytes, in {hours:.1f} hours on {cores} cores
-({device}) with other work beside it; bfloat16 autocast, Muon, learning rate {lr:g}. The context
-grew from {start:,} to {seq_len:,} bytes. Then
+{steps:,} steps, {tokens:.1f} million bytes (the files have {available:.0f}), {flops:.2e} FLOPs,
+{hours:.1f} hours on {cores} cores ({device}) with other work beside it; precision {precision},
+{optimizer}, learning rate {lr:g}. The context grew from {start:,} to {seq_len:,} bytes. Then
 
-    longnet-zoo export longnet_lm_tiny --pretrained runs/pretrain_pystdlib/checkpoints/last.ckpt \
+    longnet-zoo export longnet_lm_tiny --pretrained runs/pretrain_pystdlib/checkpoints/last.ckpt \\
         --dtype bfloat16 --output longnet_zoo/weights/shipped/longnet_lm_tiny
 """
 
@@ -97,18 +101,25 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.parse_args()
     try:
+        files = [file for file in (SCORES, RUN, DENSE_RUN) if file != DENSE_RUN or file.exists()]
         with reading(RESULTS):
-            text = card(json.loads(RESULTS.read_text(encoding="utf-8")))
+            text = card(*(json.loads(file.read_text(encoding="utf-8")) for file in files))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     CARD.write_text(text, encoding="utf-8")
     print(f"wrote {CARD.relative_to(ROOT)}")
 
 
-def card(document: Document) -> str:
-    """The card, in Markdown, from what `benchmarks.pretrained` has found."""
+def card(document: Document, run: Document, dense_run: Document | None = None) -> str:
+    """The card, in Markdown.
+
+    Args:
+        document: What `benchmarks.pretrained` has found.
+        run: What `benchmarks.pretraining` has found of the training.
+        dense_run: The same for the training of the model with dense attention, if it was scored.
+    """
     info, settings = model_info(document["settings"]["model"]), document["settings"]
-    corpus, training = settings["corpus"], settings["training"]
+    corpus, facts = settings["corpus"], run["settings"]
     lines = [
         _HEAD.format(
             params=info.num_params,
@@ -127,14 +138,13 @@ def card(document: Document) -> str:
         ),
         *_data_table(corpus),
         _TRAINING.format(
-            **training,
-            read=training["tokens"] / 1e6,
+            **{**facts, "tokens": facts["tokens"] / 1e6},
             available=corpus["num_bytes"]["train"] / 1e6,
-            cores=document["environment"]["cores"],
-            device=document["environment"]["device"],
+            cores=run["environment"]["cores"],
+            device=run["environment"]["device"],
         ),
-        _FIGURES.format(command=document["command"], words=_words(document)),
-        *TABLES["pretrained"](document)[1:],
+        _FIGURES.format(command=document["command"], words=_words(document, dense_run)),
+        *TABLES["pretrained"](document),
         "",
         "Made by `python -m benchmarks.model_card`.",
     ]
@@ -149,18 +159,26 @@ def _data_table(corpus: dict[str, Any]) -> list[str]:
     return ["", *table(["source", "version", "licence", "size"], rows)]
 
 
-def _words(document: Document) -> str:
+def _words(document: Document, dense_run: Document | None) -> str:
     """What the table shows, in sentences."""
     cells = {(cell["way"], cell["context"]): cell["bits_per_byte"] for cell in figures(document)}
     contexts = document["settings"]["contexts"]
     first, last = min(contexts), max(contexts)
     own, whole = cells[SHIPPED, last], cells[XZ, None]
     compared = "fewer" if own < whole else "more"
-    return (
+    words = (
         f"From {first:,} to {last:,} bytes of context they fall from {cells[SHIPPED, first]:.3f} "
         f"to {own:.3f}. That is {abs(whole - own):.3f} {compared} than `xz -9e` needs for all "
         f"held-out files at once ({whole:.3f}), and {cells[XZ, last] - own:.3f} fewer than it "
         f"needs with the same context; untrained, the network needs {cells['random', last]:.2f}."
+    )
+    if dense_run is None:
+        return words
+    facts = dense_run["settings"]
+    return (
+        f"{words}\n\nWith dense attention and else alike (`{DENSE}`), {facts['flops']:.2e} FLOPs "
+        f"read {facts['tokens'] / 1e6:.1f} million bytes in {facts['steps']:,} steps: "
+        f"{cells[DENSE, first]:.3f} at {first:,} bytes, {cells[DENSE, last]:.3f} at {last:,}."
     )
 
 

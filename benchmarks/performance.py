@@ -48,6 +48,12 @@ QUESTIONS = {
         "still be seen, or one pass over all tokens for each. The score is the same either way; "
         "its `peak MiB` is beyond the weights.",
     ),
+    "pretraining": (
+        "What did pretraining cost?",
+        "`longnet_lm_tiny` on Python files, dilated as it ships and dense, for about the same "
+        "FLOPs, which count the pairs that are attended. Bits per byte: of training batches the "
+        "mean since the row before, at the context that they had; validation has the whole one.",
+    ),
     "pretrained": (
         "What is a long context worth?",
         "Bits per byte of held-out Python files, as few as possible, ± the standard error from "

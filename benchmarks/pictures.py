@@ -104,6 +104,18 @@ def _draw_streaming(document: Document) -> Figure:
     return _draw(document, panels, f"Streaming through {document['settings']['model']}")
 
 
+def _draw_pretrained(document: Document) -> Figure:
+    """Bits per byte by context, without those of random weights, which would flatten the rest."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for cell in figures(document):
+        if cell["context"] is not None and cell["way"] != "random":
+            lines.setdefault(cell["way"], []).append((cell["context"], cell["bits_per_byte"]))
+    panel = Panel(title="bits per byte", lines=lines, x_label="context (bytes)", y_scale="linear")
+    machine, model = document["environment"], document["settings"]["model"]
+    facts = f"{machine['device']}, PyTorch {machine['torch']}"
+    return draw([panel], title=f"{model}: held-out Python files", facts=facts)
+
+
 def _draw_models(document: Document) -> Figure:
     cells = figures(document)
     panels = [
@@ -121,6 +133,7 @@ DRAWN: dict[str, Callable[[Document], Figure]] = {
     "kernels": _draw_kernels,
     "length": _draw_length,
     "streaming": _draw_streaming,
+    "pretrained": _draw_pretrained,
     "models": _draw_models,
     "bench": draw_bench,
 }

@@ -1,9 +1,10 @@
 r"""What a trained language model of bytes is worth: bits per byte of held-out files by context.
 
 Windows spread evenly over the held-out text are cut into pieces of each context that cannot see
-each other, so every context scores the same bytes. Beside the models stands `xz -9e` (LZMA2,
-without the header of a file): on the same pieces, each by itself, and on all held-out text at once,
-which is much more than any context here. A model named `random` is the same network untrained.
+each other, so every context scores the same bytes; it has to divide the longest one. Beside the
+models stands `xz -9e` (LZMA2, without the header of a file): on the same pieces, each by itself,
+and on all held-out text at once, which is much more than any context here. A model named `random`
+is the same network untrained.
 
     python -m benchmarks.pretrained --model longnet_lm_tiny --pretrained shipped=pystdlib \
         dense=runs/pretrain_pystdlib_dense/checkpoints/last.ckpt \
@@ -19,12 +20,10 @@ import platform
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from benchmarks.measure import at_least_1, choose_device, make_parser
@@ -33,7 +32,6 @@ from longnet_zoo.bench import make_progress
 from longnet_zoo.factory import create_model
 from longnet_zoo.models.text_decoder import LongNetLM
 from longnet_zoo.tokenizers import load_tokenizer
-from recipes.context_warmup import ContextWarmup
 from recipes.text_corpus import Corpus
 from recipes.text_files import PACKAGES
 from recipes.text_splits import pack_splits
@@ -50,6 +48,11 @@ def main(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     sources = dict(_named(text) for text in options.pretrained)
     longest = max(options.contexts)
+    if odd := [context for context in options.contexts if longest % context]:
+        raise ValueError(
+            f"every context must divide the longest, so that all score the same bytes, got {odd} "
+            f"with {longest}. Choose others in --contexts."
+        )
     tokens, corpus = held_out_tokens(options.source)
     if len(tokens) <= longest:
         raise ValueError(
@@ -59,8 +62,6 @@ def main(options: argparse.Namespace) -> int:
     names = ("model", "source", "contexts", "num_windows")
     settings = {name: getattr(options, name) for name in names}
     settings |= {"pretrained": sources, "corpus": corpus, "held_out_bytes": _bytes_of(tokens)}
-    if options.run is not None:
-        settings["training"] = training_facts(options.run)
     record = Record(
         "pretrained", settings, device=device, output=options.output, resume=options.resume
     )
@@ -103,42 +104,6 @@ def held_out_tokens(source: str) -> tuple[np.ndarray, dict[str, Any]]:
     return packed.tokens, facts
 
 
-def training_facts(run: Path) -> dict[str, Any]:
-    """What was run in a folder of `recipes.text_lm`: steps, tokens, hours and options.
-
-    Raises:
-        ValueError: If there is no such run.
-    """
-    files = run / "config.yaml", run / "checkpoints" / "last.ckpt"
-    for file in files:
-        if not file.is_file():
-            raise ValueError(
-                f"--run must be the folder of a finished run of recipes.text_lm, got no {file}."
-            )
-    config = yaml.safe_load(files[0].read_text(encoding="utf-8"))
-    checkpoint = torch.load(files[1], map_location="cpu", weights_only=True)
-    data, options = config["data"], config["model"]
-    steps, seq_len, windows = checkpoint["global_step"], data["seq_len"], data["batch_size"]
-    num_tokens = steps * seq_len * windows
-    if options["context_warmup"]:
-        warmup = ContextWarmup(**options["context_warmup"])
-        batch = {"tokens": torch.empty(windows, seq_len, dtype=torch.bool)}
-        num_tokens = sum(warmup.cut(batch, step)["tokens"].numel() for step in range(steps))
-    (seconds,) = (
-        state["train_seconds"]
-        for state in checkpoint["callbacks"].values()
-        if "train_seconds" in state
-    )
-    return {
-        "steps": steps,
-        "tokens": num_tokens,
-        "hours": seconds / 3600,
-        "lr": options["optimization"]["lr"],
-        "start": options["context_warmup"]["start"] if options["context_warmup"] else seq_len,
-        "seq_len": seq_len,
-    }
-
-
 def spread_windows(tokens: np.ndarray, seq_len: int, num_windows: int) -> Tensor:
     """Windows spread evenly over the text, (windows, seq_len + 1); as many as fit side by side."""
     fitting = min(num_windows, (len(tokens) - 1) // seq_len)
@@ -171,9 +136,7 @@ def score(record: Record, label: str, model: LongNetLM, windows: Tensor, context
         with make_progress() as progress:
             task = progress.add_task(f"{label}, {context:,}", total=len(windows))
             for window in windows.to(device):
-                length = (len(window) - 1) // context * context
-                rows = (window[:length], window[1 : length + 1])
-                inputs, labels = (row.view(-1, context) for row in rows)
+                inputs, labels = (row.view(-1, context) for row in (window[:-1], window[1:]))
                 loss = model.loss(inputs, labels, reduction="sum")
                 bits.append(float(loss) / math.log(2))
                 progress.advance(task)
@@ -181,8 +144,7 @@ def score(record: Record, label: str, model: LongNetLM, windows: Tensor, context
         record.add([{"way": label, "context": context, "reason": reason_of(error)}])
         stop_if_broken(label, error)
         return
-    length = (windows.shape[1] - 1) // context * context
-    add(record, label, context, bits, [_bytes_of(row[1 : length + 1]) for row in windows.numpy()])
+    add(record, label, context, bits, [_bytes_of(row[1:]) for row in windows.numpy()])
 
 
 def add(
@@ -238,7 +200,6 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="LABEL=SOURCE",
         help="its weights, each under a name: a tag, a folder or a recipe's checkpoint",
     )
-    parser.add_argument("--run", type=Path, help="folder of the training run, for its facts")
     parser.add_argument("--source", default="python", help="the corpus: python, stdlib, a folder")
     parser.add_argument(
         "--contexts",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.contenders import PASSES
+from longnet_zoo.bench import markdown_table
 
 __all__ = ["TABLES", "Document", "figures", "flops_unit"]
 
@@ -14,8 +15,7 @@ Document = dict[str, Any]
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of a Markdown table, figures to the right."""
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
+    return markdown_table(header, rows, right=range(1, len(header))).splitlines()
 
 
 def figures(document: Document) -> list[dict[str, Any]]:
@@ -227,6 +227,34 @@ def _pretrained(document: Document) -> list[str]:
     return [*lines, *_reasons(document, lambda cell: cell["way"])]
 
 
+def _pretraining(document: Document) -> list[str]:
+    """What was spent, then how it learned."""
+    run = document["settings"]
+    lines = [
+        "",
+        f"{run['steps']:,} steps, {run['tokens'] / 1e6:.1f} million tokens, "
+        f"{run['flops']:.2e} FLOPs, {run['hours']:.1f} hours; {run['optimizer']}, "
+        f"learning rate {run['lr']:g}, {run['precision']}.",
+    ]
+    rows = [
+        [
+            f"{cell['step']:,}",
+            f"{cell['context']:,}",
+            f"{cell['tokens'] / 1e6:.1f}",
+            f"{cell['flops']:.1e}",
+            *(_loss(cell, split) for split in ("train", "val")),
+        ]
+        for cell in figures(document)
+    ]
+    header = ["step", "context", "million tokens", "FLOPs", "training", "validation"]
+    return [*lines, "", *table(header, rows)]
+
+
+def _loss(cell: dict[str, Any], split: str) -> str:
+    bits = cell.get(f"{split}_bits_per_byte")
+    return "-" if bits is None else f"{bits:.3f}"
+
+
 def _bits(cell: dict[str, Any]) -> str:
     error = cell["standard_error"]
     return f"{cell['bits_per_byte']:.3f}" + (f" ± {error:.3f}" if error else "")
@@ -273,6 +301,7 @@ TABLES: dict[str, Callable[[Document], list[str]]] = {
     "kernels": _kernels,
     "length": _length,
     "streaming": _streaming,
+    "pretraining": _pretraining,
     "pretrained": _pretrained,
     "models": _models,
     "memory": _memory,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from longnet_zoo.bench import markdown_table
 from longnet_zoo.cli import short_number
 from longnet_zoo.factory import ModelInfo, list_models, model_info
 from longnet_zoo.ops.pattern import DilatedPattern
@@ -66,7 +67,7 @@ def models() -> str:
     for modality in sorted({info.modality for info in infos}):
         rows = [_model_row(info) for info in infos if info.modality == modality]
         head = ("name", "what", "parameters", "usual length", "forward FLOPs", "pattern", "source")
-        parts.append(f"## {modality.capitalize()}\n\n{_table(head, rows, right=(2, 3, 4))}")
+        parts.append(f"## {modality.capitalize()}\n\n{markdown_table(head, rows, right=(2, 3, 4))}")
     return "\n\n".join(parts)
 
 
@@ -77,7 +78,7 @@ def weights() -> str:
         for name in list_models(pretrained=True)
         for own in find_model(name).weights
     ]
-    return _table(("model", "tag", "where", "licence", "to know"), rows)
+    return markdown_table(("model", "tag", "where", "licence", "to know"), rows)
 
 
 def lengths() -> str:
@@ -97,7 +98,7 @@ def lengths() -> str:
         (f"{seq_len:,}", _branches(pattern), *_costs(pattern, seq_len))
         for seq_len, pattern in ((n, choose_pattern(n)) for n in _LENGTHS)
     ]
-    return _table(head, rows, right=[0, *range(2, len(head))])
+    return markdown_table(head, rows, right=[0, *range(2, len(head))])
 
 
 def reach() -> str:
@@ -171,7 +172,7 @@ def _reach(pattern: DilatedPattern, num_heads: int) -> str:
         f"rows, {num_heads} heads",
         "share of the work",
     )
-    return _table(head, rows, right=range(len(head)))
+    return markdown_table(head, rows, right=range(len(head)))
 
 
 def _model_row(info: ModelInfo) -> tuple[str, ...]:
@@ -197,12 +198,6 @@ def _branches(pattern: DilatedPattern) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:,.1f} s"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> str:
-    """Writes a table of Markdown; columns in `right` are set flush right."""
-    rule = ["---:" if place in set(right) else "---" for place in range(len(head))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
 GENERATORS: dict[str, Callable[[], str]] = {

@@ -6,7 +6,6 @@ import random
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from benchmarks import model_card, pretrained
 from benchmarks.performance import page
@@ -119,50 +118,13 @@ def test_page_has_a_column_for_each_model(result):
     [
         (["--pretrained", "x"], "--pretrained must be LABEL=SOURCE .* got 'x'"),
         (["--pretrained", "random=a"], "LABEL=SOURCE with a label of its own, got 'random=a'"),
+        (["--contexts", "48", "64"], r"must divide the longest, .* got \[48\] with 64"),
         (["--contexts", "99999"], "fill a window of 99,999 tokens, got"),
     ],
 )
 def test_wrong_options_are_refused(corpus, weights, flags, message):
     with pytest.raises(ValueError, match=message):
         pretrained.main(options_of(corpus, weights, *flags))
-
-
-@pytest.fixture
-def run_folder(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    warmup = {"start": 128, "steps": 2, "step_tokens": 300}
-    config = {
-        "data": {"seq_len": 512, "batch_size": 2},
-        "model": {"context_warmup": warmup, "optimization": {"lr": 0.01}},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    callbacks = {"Throughput": {"train_seconds": 1800.0}, "Other": {}}
-    checkpoint = {"global_step": 3, "callbacks": callbacks}
-    torch.save(checkpoint, tmp_path / "checkpoints" / "last.ckpt")
-    return tmp_path
-
-
-def test_facts_of_the_training_run_are_counted(run_folder):
-    facts = pretrained.training_facts(run_folder)
-    # Rows of 128, 256 and 512 tokens that hold 300: three, two and one.
-    assert facts["tokens"] == 3 * 128 + 2 * 256 + 512
-    assert (facts["steps"], facts["hours"], facts["lr"]) == (3, 0.5, 0.01)
-    assert (facts["start"], facts["seq_len"]) == (128, 512)
-
-
-def test_without_a_warm_up_every_step_reads_its_windows(run_folder):
-    text = (run_folder / "config.yaml").read_text()
-    config = {**yaml.safe_load(text)}
-    config["model"]["context_warmup"] = None
-    (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
-    facts = pretrained.training_facts(run_folder)
-    assert facts["tokens"] == 3 * 2 * 512
-    assert facts["start"] == 512
-
-
-def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"finished run of recipes.text_lm, got no .*config.yaml"):
-        pretrained.training_facts(tmp_path)
 
 
 def document_of(own, whole):
@@ -174,7 +136,6 @@ def document_of(own, whole):
         {"way": "shipped", "context": 64, "bits_per_byte": own},
         {"way": "random", "context": 64, "bits_per_byte": 8.125},
     ]
-    training = {"steps": 30, "tokens": 2e6, "hours": 1.5, "lr": 0.01, "start": 16, "seq_len": 64}
     corpus = {
         "fingerprint": "abc",
         "num_bytes": {"train": 4_000_000, "val": 2_000_000, "test": 1_000_000},
@@ -184,10 +145,17 @@ def document_of(own, whole):
     settings = {"model": "longnet_lm_tiny", "contexts": [16, 64], "corpus": corpus}
     return {
         "command": "python -m benchmarks.pretrained",
-        "settings": {**settings, "training": training},
+        "settings": settings,
         "environment": {"python": "3.11.1", "cores": 2, "device": "some CPU"},
         "cells": [{"standard_error": 0.01, "num_bytes": 1e6, **cell} for cell in cells],
     }
+
+
+def run_of(steps, tokens, device):
+    """What `benchmarks.pretraining` writes."""
+    facts = {"steps": steps, "tokens": tokens, "flops": 2.5e14, "hours": 1.5, "lr": 0.01}
+    facts |= {"start": 16, "seq_len": 64, "precision": "32-true", "optimizer": "muon"}
+    return {"settings": facts, "environment": {"cores": 2, "device": device}}
 
 
 @pytest.mark.parametrize(
@@ -195,18 +163,32 @@ def document_of(own, whole):
     [(1.5, 1.25, "0.250 more than `xz -9e`"), (1.0, 1.25, "0.250 fewer than `xz -9e`")],
 )
 def test_card_says_whether_xz_is_beaten(own, whole, words):
-    text = " ".join(model_card.card(document_of(own, whole)).split())
+    text = " ".join(model_card.card(document_of(own, whole), run_of(30, 2e6, "A")).split())
     assert f"they fall from 2.250 to {own:.3f}. That is {words} needs for all" in text
     assert f"and {3.5 - own:.3f} fewer than it needs with the same context" in text
     assert "the network needs 8.12" in text
 
 
 def test_card_tells_data_training_and_size():
-    text = model_card.card(document_of(1.5, 1.25))
+    text = model_card.card(document_of(1.5, 1.25), run_of(30, 2e6, "some CPU"))
     assert "| torch | 2.9 | BSD-3-Clause | 2.0 MB |" in text
     assert "| stdlib | 3.11.1 | PSF-2.0 | 5.0 MB |" in text
-    assert "30 steps, 2 of 4 million bytes, in 1.5 hours on 2 cores" in text
+    words = " ".join(text.split())
+    assert "30 steps, 2.0 million bytes (the files have 4), 2.50e+14 FLOPs, 1.5 hours" in words
+    assert "on 2 cores (some CPU) with other work beside it; precision 32-true, muon" in words
+    assert "dense attention" not in words
     assert "2.0 MB for validation while training, 1.0 MB for the test" in text
     assert f"{create_model('longnet_lm_tiny').num_params():,} parameters" in text
     assert "| 64 | 3.500 ± 0.010 | 1.500 ± 0.010 | 8.125 ± 0.010 |" in text
     assert "    python -m benchmarks.pretrained\n" in text
+
+
+def test_card_compares_with_dense_attention_once_that_is_trained():
+    document = document_of(1.5, 1.25)
+    for context, bits in ((16, 2.75), (64, 1.75)):
+        cell = {"way": "dense", "context": context, "bits_per_byte": bits}
+        document["cells"].append({"standard_error": 0.01, "num_bytes": 1e6, **cell})
+    text = model_card.card(document, run_of(30, 2e6, "A"), run_of(7, 5e5, "A"))
+    assert (
+        "2.50e+14 FLOPs read 0.5 million bytes in 7 steps: 2.750 at 16 bytes, 1.750 at 64" in text
+    )

@@ -52,10 +52,12 @@ def test_list_filters(capsys):
 def test_list_of_models_with_weights(capsys):
     out = run("list", "--pretrained", capsys=capsys)
     assert "longvit_small_patch32_1024" in out
-    assert "longnet_lm_tiny" not in out
+    assert "longnet_lm_tiny" in out
+    assert "longnet_lm_base" not in out
     out = run("list", "--no-pretrained", capsys=capsys)
     assert "longvit_small_patch32_1024" not in out
-    assert "longnet_lm_tiny" in out
+    assert "longnet_lm_tiny" not in out
+    assert "longnet_lm_base" in out
 
 
 def test_info_shows_what_to_know_of_each_weights(capsys, monkeypatch):
@@ -173,8 +175,8 @@ def test_plot_pattern_options_win(monkeypatch, tmp_path):
         ("list zzz*", "no model matches 'zzz*'. `longnet-zoo list` shows all."),
         ("list --modality smell", "'slide', 'text', 'vision', 'vision-language', got 'smell'"),
         (
-            "list *_lm_* --pretrained",
-            "no model matches '*_lm_*', --pretrained True. `longnet-zoo l",
+            "list *_mlm_* --pretrained",
+            "no model matches '*_mlm_*', --pretrained True. `longnet-zoo l",
         ),
         ("lst", "invalid choice: 'lst'"),
         ("", "the following arguments are required: COMMAND"),

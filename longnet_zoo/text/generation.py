@@ -63,7 +63,7 @@ def generate_text(
         TypeError: As `LongNetLM.generate`.
 
     Example:
-        >>> model = lz.create_model("longnet_lm_tiny", pretrained="model.safetensors").eval()
+        >>> model = lz.create_model("longnet_lm_tiny", pretrained=True).eval()
         >>> tokenizer = load_tokenizer("bytes")
         >>> text = generate_text(model, tokenizer, "def ", temperature=0.8, seed=0)
     """

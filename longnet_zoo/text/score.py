@@ -85,7 +85,7 @@ def score_file(
         OSError: If the file cannot be read.
 
     Example:
-        >>> model = lz.create_model("longnet_lm_tiny", pretrained="model.safetensors").eval()
+        >>> model = lz.create_model("longnet_lm_tiny", pretrained=True).eval()
         >>> score = score_file(model, "book.txt", load_tokenizer("bytes"))
         >>> score.bits_per_byte
     """

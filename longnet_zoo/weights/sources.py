@@ -168,10 +168,12 @@ def _locate(location: str, options: DownloadOptions) -> _Files | None:
         _refuse(options, "revision", "token", source=repr(location))
         _check_suffix(urlsplit(location).path)
         return _Files(weights=download_url(location, options), is_download=True)
-    _refuse(options, *_DOWNLOAD, source=repr(location))
     if location.startswith(SHIPPED_PREFIX):
+        # Neither a cache nor a wish to stay offline is wrong for weights that are here.
+        _refuse(options, "revision", "token", source=repr(location))
         path = _SHIPPED / location.removeprefix(SHIPPED_PREFIX)
     else:
+        _refuse(options, *_DOWNLOAD, source=repr(location))
         path = Path(location).expanduser()
     if not location or not path.exists():
         return None

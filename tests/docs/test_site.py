@@ -21,10 +21,12 @@ PACKAGES = {
     "longnet_zoo",
     "longnet_zoo.interop.transformers",
     "longnet_zoo.layers",
+    "longnet_zoo.long_range",
     "longnet_zoo.models",
     "longnet_zoo.ops",
     "longnet_zoo.parallel",
     "longnet_zoo.text",
+    "longnet_zoo.tokenizers",
 }
 
 

@@ -37,8 +37,8 @@ def test_table_shows_every_method_in_80_columns(capsys):
 def test_offload_shows_what_waits_in_the_memory_of_the_cpu(capsys):
     main([*SMALL, "--gpu", "H200", "--offload", "--chunk-size", "1e3"])
     words = " ".join(capsys.readouterr().out.split())
-    # 6 layers of 32,768 x 256 numbers of 4 bytes.
-    assert "waits in CPU memory 192 MiB 192 MiB 192 MiB" in words
+    # 4 layers of 32,768 x 192 numbers of 4 bytes.
+    assert "waits in CPU memory 96 MiB 96 MiB 96 MiB" in words
     assert "32,768 tokens, on one rank, 1 sequence at a time; 1 x h200" in words
     main(SMALL)
     assert "CPU memory" not in capsys.readouterr().out

@@ -45,9 +45,7 @@ def supports(call: Call) -> str | None:
     if call.head_dim > _MAX_HEAD_DIM:
         return f"needs a head_dim of at most {_MAX_HEAD_DIM}, got {call.head_dim}"
     if call.is_block:
-        return (
-            "attends to whole sequences, not to blocks (extra_branches, several processes)"
-        )
+        return "attends to whole sequences, not to blocks (extra_branches, several processes)"
     if call.has_dense_bias:
         return "does not support a bias by pairs of positions"
     if call.has_unnested_xpos:
