@@ -39,7 +39,7 @@ ALLOWED = {
     "interop": {"ops", "layers", "models", "weights", "factory", "registry", "tokenizers"},
     "plot": {"ops"},
     "command_options": set(),
-    "export": {"command_options", "factory", "models"},
+    "export": {"command_options", "factory", "models", "registry"},
     "text": {"bench", "command_options", "models", "factory", "ops", "registry", "tokenizers"},
     "long_range": {
         "bench",

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .kernels import BACKENDS
 from .pattern import DilatedPattern
 
-__all__ = ["can_read", "check_arguments", "check_numbers"]
+__all__ = ["can_read", "check_arguments", "check_numbers", "is_negative"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -64,16 +64,21 @@ def check_arguments(
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
 
 
+def is_negative(scale: object) -> bool:
+    """Whether a scale is a finite number of 0 or less."""
+    return isinstance(scale, (int, float)) and -math.inf < scale <= 0
+
+
 def check_numbers(**options: object) -> None:
-    """Checks that options are None or finite numbers; a tensor would lose its gradient unseen."""
+    """Checks that options are None or numbers; a tensor would lose its gradient unseen."""
     for name, value in options.items():
         if isinstance(value, (Tensor, str)):
             raise TypeError(
                 f"{name} must be a number, got {type(value).__name__}. To learn it, multiply q by "
                 "a parameter."
             )
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}.")
+        if name == "scale" and isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"scale must be finite, got {value}. The default is head_dim ** -0.5.")
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -6,9 +6,23 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .arguments import is_negative
 from .branches import BigBirdBlocks, BlockSparse, ExtraBranch, HashBuckets, TokenSubset
 
-__all__ = ["check_extra_branches"]
+__all__ = ["check_branch_types", "check_extra_branches"]
+
+
+def check_branch_types(branches: object, scale: object) -> None:
+    """Checks that further branches come as a tuple, which can be read twice, and the scale."""
+    if not isinstance(branches, (tuple, list)):
+        raise TypeError(
+            f"extra_branches must be a tuple of branches, got {type(branches).__name__}. For a "
+            "single one write (branch,)."
+        )
+    if branches and is_negative(scale):
+        raise NotImplementedError(
+            f"extra_branches need a positive scale, got {scale}. Multiply q by it."
+        )
 
 
 def check_extra_branches(

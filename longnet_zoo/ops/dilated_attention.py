@@ -14,15 +14,14 @@ Shape legend: b batch, n seq_len, h num_heads, d head_dim.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments import check_arguments, check_numbers
-from .branch_checks import check_extra_branches
+from .arguments import check_arguments, check_numbers, is_negative
+from .branch_checks import check_branch_types, check_extra_branches
 from .branched_attention import branched_attention
 from .branches import ExtraBranch
 from .custom_op import Options
@@ -99,7 +98,7 @@ def dilated_attention(
         >>> q, k, v = torch.randn(3, 1, 4096, 8, 64).unbind(0)
         >>> out = dilated_attention(q, k, v, DilatedPattern.geometric(512, 4096), is_causal=True)
     """
-    if scale is not None and not extra_branches and _is_negative(scale):
+    if not extra_branches and scale is not None and is_negative(scale):
         # Kernels hide keys before they scale, which gives NaN.
         q, scale = q * scale, 1.0
     options = checked_options(
@@ -127,10 +126,6 @@ def dilated_attention(
     return (out, lse) if return_lse else out
 
 
-def _is_negative(scale: object) -> bool:
-    return isinstance(scale, (int, float)) and -math.inf < scale <= 0
-
-
 def checked_options(
     q: Tensor,
     k: Tensor,
@@ -154,21 +149,13 @@ def checked_options(
 
     `seq_len` are the tokens of the whole sequence, where q, k and v hold a part of one.
     """
-    if not isinstance(extra_branches, (tuple, list)):
-        raise TypeError(
-            "extra_branches must be a tuple of branches, got "
-            f"{type(extra_branches).__name__}. For a single one write (branch,)."
-        )
+    check_branch_types(extra_branches, scale)
     only_extra = pattern is None and len(extra_branches) > 0
     pattern = _ANY_PATTERN if only_extra else pattern
     check_arguments(q, k, v, pattern, bias, key_padding_mask, cu_seqlens, dropout_p, backend)
     assert pattern is not None
     check_numbers(scale=scale, xpos_scale_base=xpos_scale_base)
     if extra_branches:
-        if scale is not None and _is_negative(scale):
-            raise NotImplementedError(
-                f"extra_branches need a positive scale, got {scale}. Multiply q by it."
-            )
         check_extra_branches(
             q, extra_branches, bias=bias, xpos_scale_base=xpos_scale_base, dropout_p=dropout_p
         )
