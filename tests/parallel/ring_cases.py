@@ -169,7 +169,8 @@ def xpos_decay():
             out = dilated_attention_reference(*qkv, pattern, **options)
             expected = (out, *torch.autograd.grad((out * cotangent).sum(), qkv))
             for x, y in zip(actual, expected, strict=True):
-                assert_near(x, y, ("xpos", layout, is_causal, bounds))
+                # Towards later keys logits grow, up to 3.5^(24/8) times, and their rounding too.
+                assert_near(x, y, ("xpos", layout, is_causal, bounds), tolerance=5e-5)
 
 
 def lse_gradient():
