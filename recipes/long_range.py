@@ -27,9 +27,9 @@ from longnet_zoo.long_range import (
     Score,
     Task,
     answer_logits,
-    binomial_interval,
     draw_examples,
     flops_per_example,
+    majority,
     make_task,
     score_batch,
     score_model,
@@ -150,12 +150,9 @@ class LongRange(L.LightningModule):
 
     def step_flops(self) -> list[float]:
         """Returns the FLOPs of an optimizer step at each length, shortest first."""
-        trainer = self.trainer
-        rows = trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        tokens = self._step_examples() * self.task.seq_len
         return [
-            float(flops_per_example(self.model, task, is_training=True))
-            * rows
-            * (self.task.seq_len // task.seq_len)
+            float(flops_per_example(self.model, task, is_training=True)) * (tokens // task.seq_len)
             for task in self.tasks
         ]
 
@@ -211,9 +208,11 @@ class LongRange(L.LightningModule):
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
+        options = dataclasses.asdict(self.task)
         training = {
             "task": self.task.name,
-            "seq_len": self.task.seq_len,
+            "seq_len": options.pop("seq_len"),
+            "task_options": options,
             "attention": self.hparams["attention"],
             "steps": self.global_step,
             "train_flops": self.plan.flops(self.step_flops(), self.global_step),
@@ -221,15 +220,11 @@ class LongRange(L.LightningModule):
         }
         self.model.save_pretrained(folder / "model")
         (folder / "model" / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n")
-        data = trainer.datamodule
-        examples = draw_examples(self.task, data.test_examples, seed=data.seed)
-        self.model.eval()
-        right, asked = score_model(self.model, self.task, examples).counts(self.task)
-        test = {"right": right, "asked": asked, "examples": len(examples)}
+        test = self._ask_test_examples()
         update_record(folder, training=training, test=test)
-        low, high = (100 * end for end in binomial_interval(right, asked))
+        share, low, high = (100 * x for x in (test["right"] / test["asked"], *test["interval"]))
         print(
-            f"{self.task.name} at {self.task.seq_len:,} tokens: {100 * right / asked:.1f} % right "
+            f"{self.task.name} at {self.task.seq_len:,} tokens: {share:.1f} % right "
             f"({low:.1f} to {high:.1f} %), chance {100 * self.task.chance:.2g} %, after "
             f"{self.global_step:,} steps, {training['train_flops']:.3g} FLOPs\n"
             f"Model        {folder / 'model'}"
@@ -246,13 +241,40 @@ class LongRange(L.LightningModule):
             parts.append(f"{metrics['seq_len']:,.0f} tokens long")
         return "  ".join(parts)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what has been read so far."""
+        read = self.plan.examples_read(self.global_step, self._step_examples())
+        checkpoint["examples_read"] = read
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses the weights of another model, and to resume with another optimizer.
+        """Refuses another model's weights, and to resume with another optimizer or other lengths.
 
         Raises:
-            ValueError: The model or the optimizer differs; the message says in what.
+            ValueError: The model, the optimizer or what was read differs; the message says in what.
         """
         check_checkpoint(self, checkpoint)
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == "fit" and not trainer.fast_dev_run:
+            steps, read = checkpoint["global_step"], checkpoint.get("examples_read", {})
+            self.plan.check_resumed(steps, self._step_examples(), read)
+
+    def _step_examples(self) -> int:
+        """Returns the examples of an optimizer step at the longest length."""
+        trainer = self.trainer
+        return trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+
+    def _ask_test_examples(self) -> dict[str, Any]:
+        """Returns what a table says of the run, by name."""
+        data = self.trainer.datamodule
+        examples = draw_examples(self.task, data.test_examples, seed=data.seed)
+        score = score_model(self.model.eval(), self.task, examples)
+        return {
+            **dict(zip(("right", "asked"), score.counts(self.task), strict=True)),
+            "interval": score.interval(self.task),
+            "examples": len(examples),
+            "chance": self.task.chance,
+            "majority": majority(self.task, examples, seed=data.seed),
+        }
 
     def _task_of(self, batch: dict[str, Tensor]) -> Task:
         """Returns the task at the length of a batch."""

@@ -89,6 +89,11 @@ class LengthPlan:
         found = (task for task, end in zip(self.tasks, ends, strict=True) if step < end)
         return next(found, self.tasks[-1])
 
+    def steps_until(self, num_steps: int) -> tuple[int, ...]:
+        """Returns how many of the first `num_steps` steps each length has."""
+        ends = [min(end, num_steps) for end in itertools.accumulate(self.steps[:-1])]
+        return tuple(end - start for start, end in itertools.pairwise([0, *ends, num_steps]))
+
     def flops(self, step_flops: Sequence[float], num_steps: int) -> float:
         """Returns what the first steps cost.
 
@@ -96,11 +101,48 @@ class LengthPlan:
             step_flops: FLOPs of an optimizer step at each length.
             num_steps: How many steps.
         """
-        total, left = 0.0, num_steps
-        for planned, flops in zip(self.steps, step_flops, strict=True):
-            total += min(planned, left) * flops
-            left -= min(planned, left)
-        return total
+        pairs = zip(self.steps_until(num_steps), step_flops, strict=True)
+        return sum((steps * flops for steps, flops in pairs), start=0.0)
+
+    def examples_read(self, num_steps: int, step_examples: int) -> dict[int, int]:
+        """Returns how many examples the first steps read, by their length.
+
+        Args:
+            num_steps: How many steps.
+            step_examples: Examples of a step at the longest length.
+        """
+        longest = self.tasks[-1].seq_len
+        return {
+            task.seq_len: steps * step_examples * (longest // task.seq_len)
+            for task, steps in zip(self.tasks, self.steps_until(num_steps), strict=True)
+            if steps
+        }
+
+    def check_resumed(self, num_steps: int, step_examples: int, saved: dict[int, int]) -> None:
+        """Refuses to go on with a run that began by another plan.
+
+        Args:
+            num_steps: Steps of the run so far.
+            step_examples: As for `examples_read`.
+            saved: What `examples_read` was for that run.
+
+        Raises:
+            ValueError: This plan would have read other examples so far, or of other lengths.
+        """
+        planned = self.examples_read(num_steps, step_examples)
+        if planned != saved:
+            got, was = (
+                ", ".join(f"{number:,} of {length:,} tokens" for length, number in read.items())
+                or "none"
+                for read in (planned, saved)
+            )
+            raise ValueError(
+                "a run resumes with the lengths and batches that it began with, or its FLOPs would "
+                f"be miscounted, got settings that read {got} in the first {num_steps:,} steps, "
+                f"and a checkpoint that has read {was}. Pass the train_flops, trainer.max_steps, "
+                "start_len, batch_size and trainer.accumulate_grad_batches of that run, or start "
+                "anew without ckpt_path."
+            )
 
 
 def growing_tasks(task: Task, start_len: int | None) -> tuple[Task, ...]:

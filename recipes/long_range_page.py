@@ -20,9 +20,9 @@ steps. Models are tested at the length that they were trained at. Rules and size
 ![accuracy over length]({picture})
 
 {tables}
-Accuracy is in percent. Spread is the worst and the best run, for a single one the 95 % interval of
-its examples. FLOPs are those of one example, forward; training those of a run, with the backward
-pass. "Constant" always gives the answer that is the most frequent among the test examples.
+Accuracy is in percent. Spread is the worst and the best of several runs, of a single one the 95 %
+interval of its examples. FLOPs are those of one example, forward; training those of a run, with the
+backward pass. "Constant" always gives the answer that is the most frequent in training examples.
 
 Measured by `{command}` on {device}, one thread a run, PyTorch {torch}, commit {commit}, {date}.
 """

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -35,10 +36,7 @@ from longnet_zoo.long_range import (
     Cell,
     accuracy_table,
     draw_accuracy,
-    draw_examples,
-    majority,
     make_cell,
-    make_task,
 )
 from recipes.long_range_page import long_range_page
 
@@ -228,32 +226,33 @@ def _start(command: list[str], log: Path) -> None:
 
 
 def _gather(task: str, runs: Sequence[Run], config: SweepConfig) -> list[Cell]:
-    """Makes the cells of a task, lengths first."""
-    options = _usual(task).get("task_options") or {}
-    cells = []
-    for length in sorted({run.seq_len for run in runs if run.task == task}):
-        made = make_task(_usual(task)["task"], seq_len=length, **options)
-        examples = draw_examples(made, 200)
-        for attention in _ATTENTIONS:
-            chosen = [
-                run
-                for run in runs
-                if (run.task, run.seq_len, run.attention) == (task, length, attention)
-            ]
-            places = [run.folder(config) for run in chosen]
-            records = [json.loads((place / "metrics.json").read_text()) for place in places]
-            cells.append(
-                make_cell(
-                    attention,
-                    made,
-                    [(record["test"]["right"], record["test"]["asked"]) for record in records],
-                    trainings=[record["training"] for record in records],
-                    majority=majority(made, examples),
-                    num_examples=records[0]["test"]["examples"],
-                    flops=records[0]["training"]["example_flops"],
-                )
-            )
-    return cells
+    """Makes the cells of a task, lengths first, from what its runs have written."""
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        if run.task == task:
+            record = json.loads((run.folder(config) / "metrics.json").read_text())
+            groups.setdefault((run.seq_len, run.attention), []).append(record)
+    # Stable, so that the order of the kinds of attention stays.
+    ordered = sorted(groups.items(), key=lambda item: item[0][0])
+    return [_cell(attention, records) for (_, attention), records in ordered]
+
+
+def _cell(attention: str, records: Sequence[dict[str, Any]]) -> Cell:
+    """Makes the cell of runs that differ in their seed only."""
+    tests = [record["test"] for record in records]
+    trainings = [record["training"] for record in records]
+    return make_cell(
+        attention,
+        [test["right"] / test["asked"] for test in tests],
+        tuple(tests[0]["interval"]),
+        trainings=trainings,
+        seq_len=trainings[0]["seq_len"],
+        chance=tests[0]["chance"],
+        # Each seed has test examples of its own.
+        majority=fmean(test["majority"] for test in tests),
+        num_examples=tests[0]["examples"],
+        flops=trainings[0]["example_flops"],
+    )
 
 
 def _write(evaluations: dict[str, list[Cell]], config: SweepConfig) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from longnet_zoo.bench import available_mib
 
 from .reading import check_model, flops_per_example
-from .score import Score, binomial_interval, draw_examples, majority, score_model
+from .score import Score, draw_examples, majority, score_model
 from .task import Example, Task
 
 __all__ = ["Cell", "evaluate", "make_cell"]
@@ -35,7 +35,8 @@ class Cell:
         low: Lower end: the worst of several runs, else of the 95 % interval of one.
         high: Upper end.
         chance: Accuracy of a guess.
-        majority: Accuracy of always giving the most frequent answer.
+        majority: Accuracy, at the examples asked, of always giving the answer that is the most
+            frequent in training examples.
         num_examples: Examples asked, of each run.
         flops: FLOPs of one example, forward.
         train_flops: FLOPs of the training, the mean over runs; None where it is not known.
@@ -64,8 +65,8 @@ class Cell:
 
 def make_cell(
     label: str,
-    task: Task,
-    counts: Sequence[tuple[int, int]],
+    accuracies: Sequence[float],
+    interval: tuple[float, float],
     *,
     trainings: Sequence[dict[str, Any]] = (),
     **facts: Any,
@@ -74,24 +75,19 @@ def make_cell(
 
     Args:
         label: The label.
-        task: The task at this length.
-        counts: Right answers and answers asked, of each run.
+        accuracies: Accuracy of each run.
+        interval: The 95 % interval of the first one, which is the spread if there is no other.
         trainings: What is known of their trainings.
         **facts: Other fields of `Cell`.
     """
-    accuracies = tuple(right / asked for right, asked in counts)
-    low, high = min(accuracies), max(accuracies)
-    if len(counts) == 1:
-        low, high = binomial_interval(*counts[0])
+    low, high = interval if len(accuracies) == 1 else (min(accuracies), max(accuracies))
     budgets = [known["train_flops"] for known in trainings if "train_flops" in known]
     lengths = {known["seq_len"] for known in trainings if "seq_len" in known}
     return Cell(
         label=label,
-        seq_len=task.seq_len,
-        accuracies=accuracies,
+        accuracies=tuple(accuracies),
         low=low,
         high=high,
-        chance=task.chance,
         train_flops=fmean(budgets) if budgets else None,
         train_seq_lens=tuple(sorted(lengths)),
         **facts,
@@ -132,9 +128,16 @@ def evaluate(
         examples = [
             x for seed in range(seeds) for x in draw_examples(task, num_examples, seed=seed)
         ]
+        facts = {
+            "seq_len": task.seq_len,
+            "chance": task.chance,
+            "majority": majority(task, examples),
+            "num_examples": len(examples),
+        }
         for label in dict.fromkeys(label for label, _, _ in models):
             runs = [(model, known) for name, model, known in models if name == label]
-            yield _evaluate_label(label, task, runs, examples)
+            flops = flops_per_example(runs[0][0], task)
+            yield _evaluate_label(label, task, runs, examples, {**facts, "flops": flops})
             on_score(label, task.seq_len)
 
 
@@ -143,22 +146,17 @@ def _evaluate_label(
     task: Task,
     runs: Sequence[tuple[nn.Module, dict[str, Any]]],
     examples: Sequence[Example],
+    facts: dict[str, Any],
 ) -> Cell:
-    facts: dict[str, Any] = {
-        "majority": majority(task, examples),
-        "num_examples": len(examples),
-        "flops": flops_per_example(runs[0][0], task),
-    }
     scores: list[Score] = []
     for model, _ in runs:
         score = _score_within_memory(model, task, examples)
         if isinstance(score, str):
-            return Cell(
-                label=label, seq_len=task.seq_len, chance=task.chance, reason=score, **facts
-            )
+            return Cell(label=label, reason=score, **facts)
         scores.append(score)
-    counts = [score.counts(task) for score in scores]
-    return make_cell(label, task, counts, trainings=[known for _, known in runs], **facts)
+    accuracies = [score.accuracy(task) for score in scores]
+    trainings = [known for _, known in runs]
+    return make_cell(label, accuracies, scores[0].interval(task), trainings=trainings, **facts)
 
 
 def _score_within_memory(model: nn.Module, task: Task, examples: Sequence[Example]) -> Score | str:

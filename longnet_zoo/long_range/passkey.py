@@ -1,9 +1,10 @@
 """Passkey retrieval (Mohtashami and Jaggi, arXiv 2305.16300): a number hidden in text.
 
 Tokens are bytes. The text says that something important is hidden, then come filler sentences with
-the pass key among them, and at the end the question. Key, wording and filler are those of the
-published generator (landmark-attention, `run_test.py`); the filler is cut so that every example has
-its exact length.
+the pass key among them, and at the end the question. Key, wording, filler and line breaks are those
+of the published prompt (landmark-attention, `llama/run_test.py`), with a space behind the question
+and then the key. The filler before the key and that behind it each begin anew, as published, and
+are cut so that every example has its exact length.
 
 A causal model reads the digits of the key as it says them, and is right if it is right about every
 one of them. From a model that sees both sides they are hidden by `mask_id`.
@@ -28,7 +29,7 @@ _TASK = (
 _FILLER = (
     b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 )
-_KEY = "The pass key is {key}. Remember it. {key} is the pass key. "
+_KEY = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 _QUESTION = b"\nWhat is the pass key? The pass key is "
 _SHORTEST = 320
 

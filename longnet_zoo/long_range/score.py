@@ -19,6 +19,8 @@ __all__ = ["Score", "binomial_interval", "draw_examples", "majority", "score_bat
 # Two standard deviations, to be exact: 95 % of a normal distribution.
 _Z = 1.959964
 _TOKENS_PER_BATCH = 2**16
+# Fewer leave it open which answer is the most frequent.
+_LEAST_TRAINING_EXAMPLES = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class Score:
         num_right_examples: Examples with every answer right.
         num_labels: Answers asked.
         num_right_labels: Answers that are right.
+        right_squares: Right answers of each example, squared and summed: it is large where the
+            answers of an example are right or wrong together.
         nats: Summed cross-entropy of the answers.
     """
 
@@ -37,6 +41,7 @@ class Score:
     num_right_examples: int = 0
     num_labels: int = 0
     num_right_labels: int = 0
+    right_squares: int = 0
     nats: float = 0.0
 
     def __add__(self, other: Score) -> Score:
@@ -54,6 +59,27 @@ class Score:
         """Returns the share of right answers: of whole ones where the task says so."""
         right, asked = self.counts(task)
         return right / asked
+
+    def interval(self, task: Task) -> tuple[float, float]:
+        """Returns the 95 % interval of the accuracy, where examples are independent, not answers.
+
+        It is Wilson's for the effective number of answers: those asked over the design effect
+        (Kish, Survey Sampling, 1965), that is the variance of the accuracy over what it would be
+        if all answers were independent, but at least 1. Where the examples do not differ, the
+        effect is unknown, and an example counts as one answer.
+        """
+        right, asked = self.counts(task)
+        effective = asked / self._design_effect(right, asked)
+        return binomial_interval(right / asked * effective, effective)
+
+    def _design_effect(self, right: int, asked: int) -> float:
+        number = self.num_examples
+        # Where single answers count, all examples have equally many. This is the sum over pairs of
+        # examples of the squared difference in right answers.
+        difference = number * self.right_squares - right**2
+        if asked == number or not difference or right == asked:
+            return asked / number
+        return max(1.0, difference * asked / (number * right * (asked - right)))
 
 
 def draw_examples(task: Task, number: int, *, seed: int = 0) -> list[Example]:
@@ -108,35 +134,49 @@ def score_batch(model: nn.Module, task: Task, batch: Mapping[str, Tensor]) -> Sc
     logits, classes = answer_logits(model, task, batch)
     is_right = logits.argmax(-1) == classes
     is_asked = batch["labels"] != IGNORE_INDEX
-    is_wrong = torch.zeros_like(is_asked).masked_scatter(is_asked, ~is_right)
-    num_examples = int(is_asked.any(1).sum())
+    right = torch.zeros_like(is_asked).masked_scatter(is_asked, is_right).sum(1)
+    asked = is_asked.sum(1)
     return Score(
-        num_examples=num_examples,
-        num_right_examples=num_examples - int(is_wrong.any(1).sum()),
+        num_examples=int((asked > 0).sum()),
+        num_right_examples=int(((asked > 0) & (right == asked)).sum()),
         num_labels=len(classes),
         num_right_labels=int(is_right.sum()),
+        right_squares=int((right**2).sum()),
         nats=float(functional.cross_entropy(logits.float(), classes, reduction="sum")),
     )
 
 
-def majority(task: Task, examples: Sequence[Example]) -> float:
-    """Returns the accuracy of whoever always gives the answer that is the most frequent in these.
+def majority(task: Task, examples: Sequence[Example], *, seed: int = 0) -> float:
+    """Returns the accuracy of always giving the answer that is the most frequent in training.
+
+    The answer is that of as many training examples as are asked, and of 200 at least. Of answers
+    that are equally frequent it is the one that comes first.
 
     Args:
         task: The task.
-        examples: Of this task.
+        examples: Of this task, those that are asked.
+        seed: Of the training examples, as for `Task.example`.
     """
-    answers = [x.labels[x.labels != IGNORE_INDEX].tolist() for x in examples]
-    asked = [tuple(x) for x in answers] if task.scores_whole else [y for x in answers for y in x]
-    return Counter(asked).most_common(1)[0][1] / len(asked)
+    number = max(len(examples), _LEAST_TRAINING_EXAMPLES)
+    training = (task.example(index, split="train", seed=seed) for index in range(number))
+    counts = Counter(answer for example in training for answer in _answers(task, example))
+    constant = counts.most_common(1)[0][0]
+    asked = [answer for example in examples for answer in _answers(task, example)]
+    return asked.count(constant) / len(asked)
 
 
-def binomial_interval(right: int, asked: int) -> tuple[float, float]:
+def _answers(task: Task, example: Example) -> list[tuple[int, ...]]:
+    """Returns what counts as an answer each: the whole one where the task says so."""
+    ids = example.labels[example.labels != IGNORE_INDEX].tolist()
+    return [tuple(ids)] if task.scores_whole else [(token,) for token in ids]
+
+
+def binomial_interval(right: float, asked: float) -> tuple[float, float]:
     """Returns the 95 % interval of a share by Wilson's formula (JASA 1927).
 
     Args:
         right: How many were right.
-        asked: How many there were.
+        asked: How many independent ones there were; need not be whole.
     """
     share, square = right / asked, _Z**2
     centre = (share + square / (2 * asked)) / (1 + square / asked)

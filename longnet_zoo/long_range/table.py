@@ -65,11 +65,11 @@ def accuracy_table(cells: Sequence[Cell], *, title: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    is_single = all(len(cell.accuracies) < 2 for cell in cells)
-    spread = "95 % interval of the examples" if is_single else "worst and best run"
     caption = (
-        f"accuracy in %, {cells[0].num_examples} examples a length, spread: {spread}; constant: "
-        "the most frequent answer always; FLOPs: of one example, and of the training"
+        f"accuracy in %, {cells[0].num_examples} examples a length; spread: worst and best of "
+        "several runs, of a single one the 95 % interval of its examples; constant: always the "
+        "answer that is the most frequent in training examples; FLOPs: of one example, and of the "
+        "training"
     )
     table = Table(
         title=title,

@@ -31,6 +31,8 @@ Split = Literal["train", "val", "test"]
 _SPLITS: tuple[str, ...] = get_args(Split)
 # An eighth of all examples is for validation, another one for the test.
 _SPLIT_OF_HASH = (*["train"] * 6, "val", "test")
+# A split with one sequence of a thousand is missed by so many draws once in 20,000 times.
+_MAX_DRAWS = 10_000
 
 
 class Example(NamedTuple):
@@ -90,17 +92,22 @@ class Task(abc.ABC):
             seed: Another seed has other examples.
 
         Raises:
-            ValueError: The split is unknown, or `index` or `seed` negative.
+            ValueError: The split is unknown or without examples, or `index` or `seed` negative.
         """
         if split not in _SPLITS:
             raise ValueError(f"split must be one of {_SPLITS}, got {split!r}.")
         if index < 0 or seed < 0:
             raise ValueError(f"index and seed must be 0 or more, got {index=} and {seed=}.")
         rng = np.random.default_rng((seed, index))
-        example = self.draw(rng)
-        while _split_of(example.tokens) != split:
+        for _ in range(_MAX_DRAWS):
             example = self.draw(rng)
-        return example
+            if _split_of(example.tokens) == split:
+                return example
+        raise ValueError(
+            f"a task must have examples in every split, got none for {split!r} in {_MAX_DRAWS:,} "
+            f"draws of {self}, which allows too few different sequences. Raise seq_len, or "
+            "vocab_size where the task has it."
+        )
 
     def batch(self, indices: Iterable[int], *, split: Split, seed: int = 0) -> dict[str, Tensor]:
         """Returns examples as `tokens` and `labels`, both int64 (b, n).

@@ -1,5 +1,6 @@
 """Runs taken together, tables, pictures, and the command that makes them."""
 
+import dataclasses
 import json
 
 import matplotlib.image
@@ -14,7 +15,6 @@ from longnet_zoo.long_range import (
     SelectiveCopying,
     Source,
     accuracy_table,
-    binomial_interval,
     draw_accuracy,
     draw_examples,
     evaluate,
@@ -73,10 +73,19 @@ def test_runs_of_a_label_are_one_cell_and_lengths_come_first():
 
 
 def test_a_single_run_has_the_interval_of_its_examples():
-    facts = {"majority": 0.5, "num_examples": 5, "flops": 7}
-    cell = make_cell("a", TASKS[0], [(3, 15)], **facts)
-    assert (cell.low, cell.high) == binomial_interval(3, 15)
-    assert cell.accuracies == (0.2,)
+    model, examples = make_model(0), draw_examples(TASKS[0], 9)
+    (cell,) = evaluate([("a", model, {})], TASKS[:1], num_examples=9)
+    score = score_model(model, TASKS[0], examples)
+    assert cell.accuracies == (score.accuracy(TASKS[0]),)
+    assert (cell.low, cell.high) == score.interval(TASKS[0])
+
+
+def test_several_runs_have_the_worst_and_the_best():
+    facts = {"seq_len": 8, "chance": 0.1, "majority": 0.5, "num_examples": 5, "flops": 7}
+    cell = make_cell("a", [0.4, 0.2, 0.3], (0.35, 0.45), **facts)
+    assert (cell.low, cell.high) == (0.2, 0.4)
+    alone = make_cell("a", [0.4], (0.35, 0.45), **facts)
+    assert (alone.low, alone.high) == (0.35, 0.45)
 
 
 def test_lengths_that_do_not_fit_memory_are_said(monkeypatch):
@@ -132,8 +141,15 @@ def test_table_has_guesses_and_models_by_length():
     ]
     table = accuracy_table(cells(), title="mqar")
     assert table.row_count == 7
-    assert "worst and best run" in table.caption
-    assert "95 % interval" in accuracy_table(cells()[2:], title="mqar").caption
+    assert "most frequent in training examples" in table.caption
+
+
+def test_caption_is_true_of_tables_with_single_and_with_several_runs():
+    several = cells()[0]
+    single = dataclasses.replace(several, label="one", accuracies=(0.6,))
+    for mixed in ([several, single], [single], [several]):
+        caption = accuracy_table(mixed, title="mqar").caption
+        assert "worst and best of several runs, of a single one the 95 % interval" in caption
 
 
 def test_a_rare_chance_is_not_shown_as_never():

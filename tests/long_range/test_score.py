@@ -1,5 +1,7 @@
 """Counting what is right, and how sure that is."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ import torch
 import longnet_zoo as lz
 from longnet_zoo.long_range import (
     IGNORE_INDEX,
+    AssociativeRecall,
     Example,
+    ListOps,
     Passkey,
     Score,
     SelectiveCopying,
@@ -32,7 +36,7 @@ def test_score_counts_answers_and_whole_examples():
     model = make_model(task)
     examples = draw_examples(task, 40)
     score = score_model(model, task, examples)
-    right, wholes, nats = 0, 0, 0.0
+    right, wholes, squares, nats = 0, 0, 0, 0.0
     for example in examples:
         batch = {"tokens": example.tokens[None], "labels": example.labels[None]}
         batch = {name: torch.from_numpy(rows) for name, rows in batch.items()}
@@ -40,11 +44,15 @@ def test_score_counts_answers_and_whole_examples():
             logits, classes = answer_logits(model, task, batch)
         is_right = logits.argmax(-1) == classes
         right, wholes = right + int(is_right.sum()), wholes + bool(is_right.all())
+        squares += int(is_right.sum()) ** 2
         nats -= float(logits.log_softmax(-1).gather(1, classes[:, None]).sum())
     assert 0 < wholes < right < 80
     assert score.nats == pytest.approx(nats, rel=1e-5)
     assert (score.num_examples, score.num_labels) == (40, 80)
     assert (score.num_right_examples, score.num_right_labels) == (wholes, right)
+    assert score.right_squares == squares
+    # However the examples are batched.
+    assert score_model(model, task, examples, batch_size=3).right_squares == squares
     assert score.counts(task) == (right, 80)
     assert score.accuracy(task) == right / 80
     assert score.counts(Passkey()) == (wholes, 40)
@@ -65,12 +73,28 @@ def test_scores_add_up():
     assert (total.num_examples, total.num_right_labels, total.nats) == (4, 6, 3.0)
 
 
-def test_majority_is_the_share_of_the_most_frequent_answer():
-    labels = [[1, 2], [1, 3], [1, 2]]
-    examples = [Example(np.zeros(2, int), np.array(row)) for row in labels]
-    assert majority(SelectiveCopying(), examples) == 3 / 6
-    # A whole answer is (1, 2) in two of three.
-    assert majority(Passkey(), examples) == 2 / 3
+def answered(answers):
+    """Returns an example for each of these answers."""
+    return [Example(np.zeros(len(ids), int), np.array(ids)) for ids in answers]
+
+
+def training_answers(task, **options):
+    """Returns the answers of 200 training examples, the most frequent one first."""
+    labels = (task.example(index, split="train", **options).labels for index in range(200))
+    counts = Counter(tuple(x[x != IGNORE_INDEX].tolist()) for x in labels)
+    return [ids for ids, _ in counts.most_common()]
+
+
+def test_majority_is_the_answer_of_training_and_not_of_the_test():
+    task = SelectiveCopying(seq_len=20, num_data_tokens=1)
+    most, other, *_ = training_answers(task, seed=1)
+    assert majority(task, answered([most, other, other]), seed=1) == 1 / 3
+
+
+def test_majority_of_whole_answers_takes_them_whole():
+    most, other, *_ = training_answers(Passkey(seq_len=320))
+    assert len(most) > 1
+    assert majority(Passkey(seq_len=320), answered([other, most, most[:-1], other])) == 1 / 4
 
 
 def test_interval_is_wilsons():
@@ -78,6 +102,69 @@ def test_interval_is_wilsons():
     assert binomial_interval(2, 10) == pytest.approx((0.0567, 0.5098), abs=1e-4)
     assert binomial_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert binomial_interval(10, 10)[1] == 1.0
+
+
+def make_score(right_of_each, num_labels):
+    """Returns the score of examples with so many right answers of `num_labels` each."""
+    number = len(right_of_each)
+    return Score(
+        num_examples=number,
+        num_right_examples=right_of_each.count(num_labels),
+        num_labels=number * num_labels,
+        num_right_labels=sum(right_of_each),
+        right_squares=sum(right**2 for right in right_of_each),
+    )
+
+
+def test_answers_that_are_right_together_count_as_one():
+    task = AssociativeRecall(seq_len=64, num_pairs=8)
+    together = make_score([8, 0, 0, 8, 0] * 20, 8)
+    assert together.interval(task) == pytest.approx(binomial_interval(40, 100))
+    # Four and four of the eight are right or wrong together, so there are two answers in each.
+    halves = make_score([8, 4, 4, 0] * 25, 8)
+    assert halves.interval(task) == pytest.approx(binomial_interval(100, 200))
+
+
+def test_answers_that_are_alike_by_chance_count_each():
+    task = AssociativeRecall(seq_len=64, num_pairs=8)
+    rng = np.random.default_rng(0)
+    counts = rng.binomial(8, 0.4, size=5000).tolist()
+    low, high = make_score(counts, 8).interval(task)
+    each = binomial_interval(sum(counts), 8 * 5000)
+    assert high - low == pytest.approx(each[1] - each[0], rel=0.05)
+    # Examples that differ less than by chance say no more than independent answers.
+    even = make_score([3, 4] * 50, 8)
+    assert even.interval(task) == binomial_interval(350, 800)
+
+
+@pytest.mark.parametrize("right", [0, 3, 8])
+def test_examples_that_do_not_differ_count_once_each(right):
+    task = AssociativeRecall(seq_len=64, num_pairs=8)
+    low, high = make_score([right] * 50, 8).interval(task)
+    assert (low, high) == pytest.approx(binomial_interval(50 * right / 8, 50))
+    # At 0 and 1 an end is exact.
+    assert (low == 0, high == 1) == (right == 0, right == 8)
+
+
+def test_one_answer_an_example_has_wilsons_interval():
+    assert make_score([1] * 2 + [0] * 8, 1).interval(ListOps()) == binomial_interval(2, 10)
+    # A whole key is one answer, however many digits it has.
+    keys = make_score([5, 5, *[3] * 8], 5)
+    assert keys.interval(Passkey()) == binomial_interval(2, 10)
+
+
+def test_the_interval_covers_the_truth_where_answers_hang_together():
+    task, rng = AssociativeRecall(seq_len=64, num_pairs=8), np.random.default_rng(0)
+    covered, covered_by_answers, number = 0, 0, 400
+    for _ in range(number):
+        # The share of right answers differs from example to example, with mean 0.6.
+        counts = rng.binomial(8, rng.beta(1.2, 0.8, size=100)).tolist()
+        low, high = make_score(counts, 8).interval(task)
+        covered += low <= 0.6 <= high
+        low, high = binomial_interval(sum(counts), 800)
+        covered_by_answers += low <= 0.6 <= high
+    assert covered / number == pytest.approx(0.95, abs=0.03)
+    assert covered_by_answers / number < 0.8
 
 
 def test_nothing_is_scored_in_training_mode_or_without_examples():

@@ -103,6 +103,22 @@ def test_no_seed_brings_an_example_into_two_splits():
     assert not seen["val"] & seen["test"]
 
 
+@pytest.mark.parametrize(
+    ("task", "split"),
+    [
+        # Sequences of two and of eight kinds.
+        (SelectiveCopying(seq_len=2, num_data_tokens=1, vocab_size=4), "test"),
+        (AssociativeRecall(seq_len=4, vocab_size=4, num_pairs=1), "val"),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_a_split_without_examples_is_refused(task, split, monkeypatch):
+    monkeypatch.setattr("longnet_zoo.long_range.task._MAX_DRAWS", 300)
+    words = rf"got none for '{split}' in 300 draws of \w+\(seq_len={task.seq_len}, .*Raise seq_len"
+    with pytest.raises(ValueError, match=words):
+        task.example(0, split=split)
+
+
 def test_mqar_asks_every_key_for_the_value_beside_it():
     task = AssociativeRecall(seq_len=64, vocab_size=100, num_pairs=9)
     for index in range(20):
@@ -150,16 +166,21 @@ def test_selective_copying_asks_for_the_data_in_order():
 
 
 @pytest.mark.parametrize("seq_len", [320, 1024, 5000])
-def test_passkey_text_says_the_key_and_asks_for_it(seq_len):
+def test_passkey_text_is_the_published_prompt(seq_len):
     task = Passkey(seq_len=seq_len)
     for index in range(10):
         tokens, labels = task.example(index, split="test")
         text = bytes(tokens.astype(np.uint8)).decode()
         key = bytes(labels[labels != IGNORE_INDEX].astype(np.uint8)).decode()
         assert 1 <= int(key) <= 50_000
-        assert f"The pass key is {key}. Remember it. {key} is the pass key." in text
+        task_line, before, hint, behind, question = text.split("\n")
+        assert task_line.startswith("There is an important info hidden inside a lot of irrelevant")
+        assert hint == f"The pass key is {key}. Remember it. {key} is the pass key."
         # Each digit is asked where the text before it ends.
-        assert text.endswith("What is the pass key? The pass key is " + key[:-1])
+        assert question == "What is the pass key? The pass key is " + key[:-1]
+        garbage = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and"
+        endless = " ".join([garbage + " back again."] * 60)
+        assert (before, behind) == (endless[: len(before)], endless[: len(behind)])
         assert (labels[: -len(key)] == IGNORE_INDEX).all()
 
 
@@ -167,10 +188,8 @@ def test_passkey_text_says_the_key_and_asks_for_it(seq_len):
 def test_passkey_lies_at_the_depth_asked_for(depth):
     tokens, _ = Passkey(seq_len=4000, depth=depth).example(0, split="train")
     text = bytes(tokens.astype(np.uint8)).decode()
-    place = text.index("The pass key is")
-    first = text.index("\n") + 1
-    last = text.rindex("\n") - len("The pass key is 12345. Remember it. 12345 is the pass key. ")
-    assert (place - first) / (last - first) == pytest.approx(depth, abs=0.005)
+    _, before, _, behind, _ = text.split("\n")
+    assert len(before) / len(before + behind) == pytest.approx(depth, abs=0.0005)
 
 
 @pytest.mark.parametrize("seq_len", [64, 2000, 6000])

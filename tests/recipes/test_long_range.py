@@ -11,9 +11,13 @@ from longnet_zoo.long_range import (
     IGNORE_INDEX,
     SelectiveCopying,
     Source,
+    binomial_interval,
+    draw_examples,
     flops_per_example,
     load_source,
+    majority,
     make_task,
+    score,
 )
 from recipes import long_range
 from recipes.long_range import LongRange
@@ -56,7 +60,7 @@ def arguments(run_dir, *more, **changes):
 
 def test_it_learns_to_copy(tmp_path, capsys):
     # One data token among noise: a lookup, which is learnt in seconds.
-    changes = {"model__optimization__lr": 1e-2, "data__batch_size": 32}
+    changes = {"model__optimization__lr": 1e-2, "data__batch_size": 32, "data__seed": 3}
     long_range.main(["fit", *arguments(tmp_path, trainer__max_steps=150, **changes)])
     losses = list(curve(tmp_path, "train_loss").values())
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
@@ -64,6 +68,11 @@ def test_it_learns_to_copy(tmp_path, capsys):
     assert found["test"]["asked"] == found["test"]["examples"] == 20
     # Chance is a quarter.
     assert found["test"]["right"] >= 15
+    assert found["test"]["chance"] == 1 / 4
+    assert found["test"]["interval"] == list(binomial_interval(found["test"]["right"], 20))
+    task = SelectiveCopying(seq_len=16, num_data_tokens=1, vocab_size=6)
+    examples = draw_examples(task, 20, seed=3)
+    assert found["test"]["majority"] == majority(task, examples, seed=3)
     printed = capsys.readouterr().out
     assert f"{100 * found['test']['right'] / 20:.1f} % right" in printed
     assert "chance 25 %" in printed
@@ -76,6 +85,7 @@ def test_it_saves_a_model_that_the_evaluation_loads(tmp_path):
     assert training["steps"] == 2
     task = SelectiveCopying(seq_len=16, num_data_tokens=1, vocab_size=6)
     assert training["train_flops"] == 2 * 4 * flops_per_example(model, task, is_training=True)
+    assert make_task("selective_copying", seq_len=16, **training["task_options"]) == task
     other, _ = load_source(Source(label="a", place=str(tmp_path / "checkpoints/last.ckpt")))
     tokens = torch.randint(6, (1, 16))
     torch.testing.assert_close(other(tokens), model(tokens), rtol=0, atol=0)
@@ -160,6 +170,32 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
         assert curve(tmp_path / "cut", name) == curve(tmp_path / "whole", name)
 
 
+def test_a_run_of_growing_lengths_resumes_with_its_plan_only(tmp_path, capsys):
+    changes = {"model__start_len": 8}
+    long_range.main(["fit", *arguments(tmp_path, trainer__max_steps=4, **changes)])
+    changes["ckpt_path"] = "last"
+    with pytest.raises(SystemExit):
+        long_range.main(["fit", *arguments(tmp_path, trainer__max_steps=8, **changes)])
+    error = capsys.readouterr().err
+    assert "read 32 of 8 tokens in the first 4 steps" in error
+    assert "a checkpoint that has read 16 of 8 tokens, 8 of 16 tokens" in error
+    assert "Pass the train_flops, trainer.max_steps, start_len, batch_size" in error
+
+
+def test_a_run_of_one_length_goes_on_for_longer_but_not_with_other_batches(tmp_path, capsys):
+    long_range.main(["fit", *arguments(tmp_path, trainer__max_steps=2)])
+    short = json.loads((tmp_path / "metrics.json").read_text())["training"]
+    changes = {"trainer__max_steps": 3, "ckpt_path": "last"}
+    long_range.main(["fit", *arguments(tmp_path, **changes)])
+    longer = json.loads((tmp_path / "metrics.json").read_text())["training"]
+    assert longer["steps"] == 3
+    assert longer["train_flops"] == 1.5 * short["train_flops"]
+    changes |= {"trainer__max_steps": 4, "data__batch_size": 2}
+    with pytest.raises(SystemExit):
+        long_range.main(["fit", *arguments(tmp_path, **changes)])
+    assert "read 6 of 16 tokens in the first 3 steps" in capsys.readouterr().err
+
+
 def test_test_takes_the_checkpoint_and_refuses_other_attention(tmp_path, capsys):
     changes = {"model__attention": "dense"}
     long_range.main(["fit", *arguments(tmp_path, trainer__max_steps=3, **changes)])
@@ -172,7 +208,8 @@ def test_test_takes_the_checkpoint_and_refuses_other_attention(tmp_path, capsys)
     assert "model_options.segment_lengths follows from" in capsys.readouterr().err
 
 
-def test_longvit_learns_pathfinder_as_images(tmp_path):
+def test_longvit_learns_pathfinder_as_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(score, "_LEAST_TRAINING_EXAMPLES", 2)  # Images are slow to draw.
     options = {"patch_size": 8, "embed_dim": 16, "num_layers": 1, "num_heads": 2}
     task = LongRange(
         task="pathfinder",
@@ -237,8 +274,22 @@ def test_a_plan_spends_alike_at_each_length():
     assert [plan.task(step).seq_len for step in (0, 99, 100, 149, 150, 174, 999)] == [
         *(32, 32, 64, 64, 128, 128, 128),
     ]
+    assert plan.steps_until(160) == (100, 50, 10)
     assert plan.flops([10.0, 20.0, 40.0], 160) == 1000 + 1000 + 400
+    assert plan.examples_read(120, 3) == {32: 100 * 12, 64: 20 * 6}
     assert LengthPlan.for_steps(tasks, 8).steps == (2, 2, 4)
+
+
+def test_a_plan_goes_on_where_another_one_has_read_the_same():
+    tasks = growing_tasks(SelectiveCopying(seq_len=64), 32)
+    begun, longer = LengthPlan.for_steps(tasks, 8), LengthPlan.for_steps(tasks, 20)
+    for steps in (1, 4):
+        longer.check_resumed(steps, 2, begun.examples_read(steps, 2))
+    words = "read 20 of 32 tokens in the first 5 steps, and a checkpoint that has read 16 of 32"
+    with pytest.raises(ValueError, match=words):
+        longer.check_resumed(5, 2, begun.examples_read(5, 2))
+    with pytest.raises(ValueError, match="a checkpoint that has read none"):
+        longer.check_resumed(5, 2, {})
 
 
 @pytest.mark.parametrize("name", ["batch_size", "val_examples", "test_examples"])

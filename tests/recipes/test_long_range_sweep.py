@@ -7,7 +7,13 @@ import time
 
 import pytest
 
-from longnet_zoo.long_range import SelectiveCopying, flops_per_example, load_source
+from longnet_zoo.long_range import (
+    SelectiveCopying,
+    draw_examples,
+    flops_per_example,
+    load_source,
+    majority,
+)
 from longnet_zoo.long_range.models import Source
 from recipes import long_range, long_range_sweep
 from recipes.long_range_sweep import Run, SweepConfig, main, run_sweep
@@ -62,6 +68,8 @@ def test_a_sweep_compares_at_equal_flops_and_does_nothing_twice(tmp_path, in_pro
         task = SelectiveCopying(seq_len=cell.seq_len, num_data_tokens=8)
         assert len(cell.accuracies) == 2
         assert cell.num_examples == 5
+        constants = [majority(task, draw_examples(task, 5, seed=x), seed=x) for x in (0, 1)]
+        assert cell.majority == sum(constants) / 2
         run = Run(task="selective_copying", seq_len=cell.seq_len, attention=cell.label, seed=1)
         model, training = load_source(Source(label="a", place=str(run.folder(config) / "model")))
         assert model.config.pattern.is_dense == (cell.label == "dense")
@@ -85,6 +93,8 @@ def test_a_sweep_compares_at_equal_flops_and_does_nothing_twice(tmp_path, in_pro
     page = config.page.read_text()
     assert "![accuracy over length](../out/found.svg)" in page
     assert page.count("\n## ") == 1
+    assert "worst and the best of several runs, of a single one the 95 %\ninterval" in page
+    assert "most frequent in training examples" in page
     assert page.count("\n| ") == 2 + 2 * 4
     assert f"| dense | {100 * cells[3].mean:.1f} |" in page
     printed = capsys.readouterr().out
@@ -93,6 +103,21 @@ def test_a_sweep_compares_at_equal_flops_and_does_nothing_twice(tmp_path, in_pro
     assert f"8/8 selective_copying-16-dense-seed1: {share:.1f} % right after" in printed
     assert run_sweep(config)["selective_copying"] == cells
     assert len(in_process) == 8
+
+
+def test_the_table_has_what_the_arguments_have_made_of_the_task(tmp_path, in_process):
+    options = ("num_data_tokens=2", "vocab_size=6")
+    arguments = (*ARGUMENTS, *(f"--model.task_options.{option}" for option in options))
+    config = make_config(tmp_path, lengths=(16,), seeds=1, arguments=arguments)
+    task = SelectiveCopying(seq_len=16, num_data_tokens=2, vocab_size=6)
+    for cell in run_sweep(config)["selective_copying"]:
+        assert (cell.seq_len, cell.chance) == (16, 1 / 4)
+        assert cell.majority == majority(task, draw_examples(task, 5))
+        run = Run(task="selective_copying", seq_len=16, attention=cell.label, seed=0)
+        model, _ = load_source(Source(label="a", place=str(run.folder(config) / "model")))
+        assert cell.flops == flops_per_example(model, task)
+        record = json.loads((run.folder(config) / "metrics.json").read_text())["test"]
+        assert [cell.low, cell.high] == record["interval"]
 
 
 def test_other_settings_and_unfinished_runs_are_run_again(tmp_path, in_process):
