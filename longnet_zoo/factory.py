@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from longnet_zoo.models import ZooConfig, config_from_json  # registers every model
+from longnet_zoo.models.base import warn_of_other_rules
 from longnet_zoo.ops.pattern import DilatedPattern
 from longnet_zoo.registry import (
     ModelEntry,
@@ -104,6 +105,8 @@ def create_model(
             `HF_HUB_OFFLINE=1`.
         **options: Fields of the model's config that differ from its defaults. For a part that has
             a config of its own, a mapping with what differs there: `image={"img_size": 128}`.
+            Where saved weights say what they were trained with, a warning names options that fit
+            them but make another model, such as `position`; the attention pattern is free.
 
     Returns:
         The model, in training mode.
@@ -211,9 +214,15 @@ def _build_with(entry: ModelEntry, weights: FoundWeights, options: Mapping[str, 
         config = own.changed(weights.options).changed(options)
         # The number of heads has no part in the shapes of weights, so it may be changed.
         heads = {name: x for name, x in config.options().items() if name.endswith("num_heads")}
+        trained_with = own.changed(weights.options).options()
         _check_sizes(entry, {**own.options(), **heads}, options, weights.source)
     else:
         config = entry.config.changed(weights.options).changed(options)
+        trained_with = {
+            name: value
+            for name, value in entry.config.changed(weights.options).options().items()
+            if name.split(".")[0] in weights.options
+        }
         if converter is not None:
             trained = options_of_names(
                 converter,
@@ -227,6 +236,7 @@ def _build_with(entry: ModelEntry, weights: FoundWeights, options: Mapping[str, 
         state_dict = converter.from_published(state_dict, config)
     model = entry.build(config)
     load_state_dict(model, state_dict, source=weights.source)
+    warn_of_other_rules(trained_with, config, source=weights.source)
     return model
 
 

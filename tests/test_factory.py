@@ -181,11 +181,32 @@ def test_folder_of_save_pretrained_brings_its_config(tmp_path):
     model.save_pretrained(tmp_path)
     for place in (tmp_path, tmp_path / "model.safetensors"):
         options = {"embed_dim": 24, "num_layers": 1, "num_heads": 2, "dropout": 0.5}
-        loaded = create_model("longnet_lm_base", pretrained=place, **options)
+        with pytest.warns(UserWarning, match=r"with num_heads=4, got num_heads=2: they fit"):
+            loaded = create_model("longnet_lm_base", pretrained=place, **options)
         assert loaded.config == replace(model.config, num_heads=2, dropout=0.5)
         assert torch.equal(loaded.embedding.weight, model.embedding.weight)
         with pytest.raises(ValueError, match=r"one of LongNetMLM, got model='LongNetLM'.*Load it"):
             create_model("longnet_mlm_tiny", pretrained=place)
+
+
+def test_options_that_make_trained_weights_another_model_warn(tmp_path):
+    create_model("longnet_lm_tiny", **SMALL).save_pretrained(tmp_path)
+    changed = {"position": "rotary", "scale_embedding": True, "dropout": 0.5}
+    words = r"with position='xpos', scale_embedding=False, got position='rotary', .*=True: they fit"
+    with pytest.warns(UserWarning, match=words):
+        create_model("longnet_lm_tiny", pretrained=True, **changed)
+    recipe = {"model_name": "longnet_lm_tiny", "model_options": {"vocab_size": 300, **SMALL}}
+    weights = create_model("longnet_lm_tiny", **recipe["model_options"]).state_dict()
+    checkpoint = {"state_dict": weights, "hyper_parameters": recipe}
+    with pytest.warns(UserWarning, match="the state dict were trained with position='xpos'"):
+        create_model("longnet_lm_tiny", pretrained=checkpoint, position=None)
+    with pytest.warns(UserWarning, match=r"with rotary_base=10000.0, got rotary_base=500.0"):
+        LongNetLM.from_pretrained(tmp_path, rotary_base=500.0)
+
+
+def test_another_attention_pattern_of_trained_weights_is_silent():
+    pattern = {"segment_lengths": (1024, 65536), "dilation_rates": (1, 32)}
+    assert create_model("longnet_lm_tiny", pretrained=True, **pattern)  # warnings are errors
 
 
 def test_folder_of_another_size_than_the_name_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from longnet_zoo.ops.branches import ConfiguredBranch
+from longnet_zoo.ops.branches import ConfiguredBranch, make_branches
 from longnet_zoo.ops.pattern import DilatedPattern
 
 from .attention import AttentionOp, DilatedAttention, Position, make_position_bias, make_rotary
@@ -57,7 +57,8 @@ class TransformerStack(nn.Module):
         backend: Attention kernel.
         final_norm: Whether a LayerNorm comes after the last block; never with `"deepnorm"`.
         num_modalities: Number of modalities with linear layers and norms of their own (multiway).
-        extra_branches: As for `DilatedAttention`.
+        extra_branches: As for `DilatedAttention`. Each layer draws random blocks and hashes of its
+            own, by a seed that is made of that of the branch and the layer's number.
 
     Raises:
         ValueError: If `num_layers` is below 1 or another option is outside its range.
@@ -105,15 +106,15 @@ class TransformerStack(nn.Module):
         attend = partial(attend, rotary_base=rotary_base, xpos_scale_base=xpos_scale_base)
         attend = partial(attend, qk_norm=qk_norm, dropout=attention_dropout, backend=backend)
         attend = partial(attend, position=own_position, num_modalities=num_modalities)
-        attend = partial(attend, extra_branches=extra_branches)
+        attentions = (attend(extra_branches=x) for x in _by_layer(extra_branches, num_layers))
         feed = partial(FeedForward, embed_dim=embed_dim, ffn_dim=ffn_dim, activation=activation)
         feed = partial(feed, dropout=activation_dropout, **shared)
         make_feed = partial(make_multiway, feed, num_modalities)
         make_block = partial(TransformerBlock, embed_dim=embed_dim, norm=norm, residual_scale=scale)
         make_block = partial(make_block, dropout=dropout, eps=eps, num_modalities=num_modalities)
         self.blocks = nn.ModuleList(
-            make_block(attention=attend(), feed_forward=make_feed(), drop_path=rate)
-            for rate in _linear_rates(drop_path, num_layers)
+            make_block(attention=own, feed_forward=make_feed(), drop_path=rate)
+            for own, rate in zip(attentions, _linear_rates(drop_path, num_layers), strict=True)
         )
         last_norm = partial(nn.LayerNorm, embed_dim, eps=eps)
         has_norm = final_norm and norm != "deepnorm"
@@ -257,6 +258,13 @@ def _gain_and_scale(norm: Norm, is_causal: bool, num_layers: int) -> tuple[float
         return gain, residual_scale(norm, part="decoder", num_decoder_layers=num_layers)
     gain = residual_gain(norm, part="encoder", num_encoder_layers=num_layers)
     return gain, residual_scale(norm, part="encoder", num_encoder_layers=num_layers)
+
+
+def _by_layer(
+    branches: Sequence[ConfiguredBranch], num_layers: int
+) -> list[list[ConfiguredBranch]]:
+    made = make_branches(branches)
+    return [[branch.for_layer(layer) for branch in made] for layer in range(num_layers)]
 
 
 def _linear_rates(drop_path: float, num_layers: int) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,10 +18,25 @@ from longnet_zoo.layers import MemorySaving, Multiway, RelativeBias, Transformer
 
 from .config import ModelConfig, ZooConfig
 
-__all__ = ["ZooModel", "config_from_json", "make_stack"]
+__all__ = ["ZooModel", "config_from_json", "make_stack", "warn_of_other_rules"]
 
 _MODEL_KEY = "model"
 ModelT = TypeVar("ModelT", bound="ZooModel")
+# Options that trained weights rely on, though no shape shows them. The attention pattern is none of
+# them: longer segments are how a model is taken to longer sequences.
+_RULES = (
+    "activation",
+    "eps",
+    "final_norm",
+    "norm",
+    "norm_eps",
+    "num_heads",
+    "position",
+    "relative_max_distance",
+    "rotary_base",
+    "scale_embedding",
+    "xpos_scale_base",
+)
 
 
 class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
@@ -146,7 +162,8 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
             pretrained_model_name_or_path: A folder that `save_pretrained` wrote, or the
                 `"owner/name"` of a repository on the Hub.
             **options: Options of huggingface_hub, such as `revision` and `token`; and fields of the
-                model's config that differ from the saved ones.
+                model's config that differ from the saved ones. A warning names those that make
+                trained weights another model, such as `position`.
 
         Returns:
             The model, in evaluation mode.
@@ -201,6 +218,7 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
             )
         if not isinstance(config, ZooConfig):
             config = config_from_json(cls, config)
+        trained = config
         unknown = sorted(options.keys() - {field.name for field in fields(config)})
         if unknown:
             raise TypeError(
@@ -208,7 +226,7 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
                 f"config are {', '.join(field.name for field in fields(config))}."
             )
         weights = load_file(find(constants.SAFETENSORS_SINGLE_FILE))
-        model = cls(config.changed(options))
+        model = cls(trained.changed(options))
         try:
             model.load_state_dict(weights, strict=True)
         except RuntimeError as error:
@@ -217,6 +235,7 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
                 f"{constants.SAFETENSORS_SINGLE_FILE} of {model_id!r} does not fit its config"
                 f"{changes}. {' '.join(str(error).split())}"
             ) from error
+        warn_of_other_rules(trained.options(), model.config, source=repr(model_id))
         return model.to(map_location).eval()
 
 
@@ -244,6 +263,32 @@ def config_from_json(model_class: type[ZooModel], content: Mapping[str, Any]) ->
             "longnet_zoo.create_model."
         )
     return model_class.config_class.from_json(options)
+
+
+def warn_of_other_rules(trained: Mapping[str, Any], config: ZooConfig, *, source: str) -> None:
+    """Warns where weights fit a model that computes by other rules than they were trained with.
+
+    Args:
+        trained: Options that the weights were trained with, by name; `ZooConfig.options`.
+        config: That of the model.
+        source: What to call the weights.
+    """
+    differing = {
+        name: value
+        for name, value in config.options().items()
+        if name.split(".")[-1] in _RULES and name in trained and trained[name] != value
+    }
+    if differing:
+        had, got = (
+            ", ".join(f"{name}={x[name]!r}" for name in differing) for x in (trained, differing)
+        )
+        warnings.warn(
+            f"the weights of {source} were trained with {had}, got {got}: they fit, but the model "
+            "is another one and has to be trained further. Leave these options out to have the "
+            "model that was trained.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def make_stack(config: ModelConfig, **options: Any) -> TransformerStack:

@@ -91,6 +91,8 @@ class GeneratesText:
                 training mode or has no output head, padding is not on the right, or a prompt is
                 empty.
             TypeError: If an argument is of the wrong kind.
+            NotImplementedError: If the model has `extra_branches`, which keep no cache; the message
+                names what writes without one.
 
         Example:
             >>> model = create_model("longnet_lm_tiny").eval()

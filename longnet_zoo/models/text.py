@@ -229,7 +229,9 @@ class TextModel(ZooModel):
         if self.config.extra_branches:
             raise NotImplementedError(
                 "a model with extra_branches keeps no cache, since any key may be seen again, got "
-                f"extra_branches={self.config.extra_branches}. Run it on whole sequences."
+                f"extra_branches={self.config.extra_branches}. Run it on whole sequences. To write "
+                "use longnet_zoo.interop.transformers.LongNetForCausalLM.from_zoo(model).generate("
+                "..., use_cache=False), which reads all tokens again for each new one."
             )
         if not self.config.is_causal:
             raise ValueError(
@@ -250,10 +252,13 @@ class TextModel(ZooModel):
         """
         head, config = self.head_weight, self.config
         pairs = sum(
-            branch.attended_pairs(seq_len, config.num_heads, is_causal=config.is_causal)
+            branch.for_layer(layer).attended_pairs(
+                seq_len, config.num_heads, is_causal=config.is_causal
+            )
             for branch in config.extra_branches
+            for layer in range(config.num_layers)
         )
-        branches = 4 * config.head_dim * pairs * config.num_layers
+        branches = 4 * config.head_dim * pairs
         flops = super().flops(seq_len) + branches
         return flops + (0 if head is None else 2 * head.numel() * seq_len)
 

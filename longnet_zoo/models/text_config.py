@@ -35,7 +35,8 @@ class TextConfig(ModelConfig):
         num_outputs: Logits per token; None: `vocab_size`, 0: no head.
         extra_branches: Branches of attention beside those of the pattern: `BigBirdBlocks`,
             `HashBuckets`, or mappings of their fields with a `kind`, "big_bird" or "hash_buckets".
-            Only for position "rotary" or None, and without attention_dropout.
+            Only for position "rotary" or None, and without attention_dropout. Each layer draws by a
+            seed of its own, made of that of the branch.
         embed_dim: As for `ModelConfig`, like all fields that are not in this list.
     """
 

@@ -8,8 +8,9 @@ Shape legend: b batch, n seq_len, h num_heads, d head_dim, m rows (b * n * h), r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ class Branches(NamedTuple):
     num_labels: Sequence[int]  # (r,)
     block_masks: Tensor | None  # all masks, flattened and joined
     block_sizes: Sequence[int]  # (1 or h, blocks, tokens per block) of each mask, joined
+    big_birds: Sequence[int]  # the numbers of each `BigBirdBlocks`, in their order, joined
 
     def plans(self, q: Tensor, k: Tensor, options: Options) -> Iterator[TilePlan]:
         """Plans one branch after the other."""
@@ -54,16 +56,10 @@ class Branches(NamedTuple):
                     num_kv_heads=num_kv_heads,
                     is_causal=is_causal,
                 )
-        if self.block_masks is None:
-            return
-        start = 0
-        for index in range(0, len(self.block_sizes), 3):
-            num_masks, num_blocks, block_size = self.block_sizes[index : index + 3]
-            mask = self.block_masks[start : start + num_masks * num_blocks**2]
-            start += mask.numel()
+        for block_size, pairs_of in self._block_rules():
             for group in groups:
                 yield plan_blocks(
-                    mask.view(num_masks, num_blocks, num_blocks),
+                    pairs_of(-(-group.length // block_size)).to(q.device),
                     block_size,
                     group,
                     shape=(*q.shape[:3], num_kv_heads),
@@ -71,11 +67,26 @@ class Branches(NamedTuple):
                     is_hidden=is_hidden,
                 )
 
+    def _block_rules(self) -> Iterator[tuple[int, Callable[[int], Tensor]]]:
+        """The block size of each rule, and what lists the pairs of so many blocks."""
+        start = 0
+        for num_masks, num_blocks, block_size in _chunked(self.block_sizes, 3):
+            assert self.block_masks is not None
+            mask = self.block_masks[start : start + num_masks * num_blocks**2]
+            start += mask.numel()
+            mask = mask.view(*(num_masks,) * (num_masks > 1), num_blocks, num_blocks)
+            yield block_size, partial(_pairs_of_mask, mask)
+        for numbers in _chunked(self.big_birds, len(_BIG_BIRD)):
+            options: dict[str, Any] = dict(zip(_BIG_BIRD, numbers, strict=True))
+            rule = BigBirdBlocks(**options)
+            yield rule.block_size, rule.block_pairs
+
 
 _SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? query_labels, Tensor? key_labels, int[] num_labels, "
-    f"Tensor? block_masks, SymInt[] block_sizes, {OPTIONS_SCHEMA}"
+    f"Tensor? block_masks, SymInt[] block_sizes, SymInt[] big_birds, {OPTIONS_SCHEMA}"
 )
+_BIG_BIRD = ("block_size", "num_window", "num_global", "num_random", "seed")
 
 
 def branched_attention(
@@ -84,11 +95,12 @@ def branched_attention(
     """Attends by further branches and, if `options` has one, a dilated pattern: (out, lse)."""
     masks: list[Tensor] = []
     labels: list[tuple[Tensor, Tensor]] = []
-    num_labels, block_sizes = [], []
+    num_labels, block_sizes, big_birds = [], [], []
     for branch in extra_branches:
         if isinstance(branch, BigBirdBlocks):
-            branch = branch.for_length(q.shape[1], q.device)
-        if isinstance(branch, BlockSparse):
+            # Its pairs are listed inside of the op: how many there are, no compiler can know.
+            big_birds += [getattr(branch, name) for name in _BIG_BIRD]
+        elif isinstance(branch, BlockSparse):
             mask = branch.block_mask
             masks.append(mask.flatten())
             block_sizes += [mask.shape[0] if mask.ndim == 3 else 1, mask.shape[-1]]
@@ -106,9 +118,19 @@ def branched_attention(
         num_labels=num_labels,
         block_masks=torch.cat(masks) if masks else None,
         block_sizes=block_sizes,
+        big_birds=big_birds,
     )
     out, lse = torch.ops.longnet_zoo.branched_attention(q, k, v, *branches, *options)
     return out, lse
+
+
+def _pairs_of_mask(mask: Tensor, num_blocks: int) -> Tensor:
+    """Numbers of (head,) query and key blocks that a mask (h, blocks, blocks) shows, as rows."""
+    return mask[..., :num_blocks, :num_blocks].nonzero().T
+
+
+def _chunked(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
 def _hashes(branch: HashBuckets, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ Shape legend: b batch, n seq_len, h num_heads.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -83,13 +83,10 @@ class BlockSparse:
         """
         num_blocks = -(-seq_len // self.block_size)
         self.check_fits(seq_len, num_heads)
-        mask = self.block_mask[..., :num_blocks, :num_blocks].cpu()
-        starts = torch.arange(num_blocks) * self.block_size
-        sizes = (seq_len - starts).clamp_max(self.block_size).double()
-        pairs = sizes[:, None] * sizes
-        if is_causal:
-            pairs = pairs.tril(-1) + torch.diag(sizes * (sizes + 1) / 2)
-        return int((mask * pairs).sum()) * (num_heads if mask.ndim == 2 else 1)
+        mask = self.block_mask[..., :num_blocks, :num_blocks]
+        queries, keys = mask.nonzero().T[-2:].cpu()
+        pairs = _count_pairs(queries, keys, self.block_size, seq_len, is_causal=is_causal)
+        return pairs * (num_heads if mask.ndim == 2 else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +95,9 @@ class BigBirdBlocks:
 
     The rule of BigBird (arXiv 2007.14062); without random blocks that of Longformer
     (arXiv 2004.05150). All heads share the mask, and the mask of a sequence is the corner of that
-    of a longer one: a random block lies before its query, or behind it if that block drew it.
+    of a longer one: a random block lies before its query, or behind it if that block drew it. Time
+    and memory grow linearly with the sequence, for what is computed and for what is planned. The
+    layers of a stack draw different random blocks, see `for_layer`.
 
     Attributes:
         block_size: Tokens per block.
@@ -128,18 +127,42 @@ class BigBirdBlocks:
     def for_length(self, seq_len: int, device: torch.device | str = "cpu") -> BlockSparse:
         """Makes the branch for sequences of up to `seq_len` tokens."""
         num_blocks = -(-seq_len // self.block_size)
-        blocks = torch.arange(num_blocks, device=device)
-        mask = (blocks[:, None] - blocks).abs() <= self.num_window
-        mask[: self.num_global] = True
-        mask[:, : self.num_global] = True
-        drawn = draw_blocks(num_blocks, self.num_random, self.seed).to(device)
-        mask[blocks[:, None], drawn] = True
-        mask[drawn, blocks[:, None]] = True
+        mask = torch.zeros(num_blocks, num_blocks, dtype=torch.bool, device=device)
+        mask[tuple(self.block_pairs(num_blocks).to(device))] = True
         return BlockSparse(block_mask=mask, block_size=self.block_size)
+
+    def block_pairs(self, num_blocks: int) -> Tensor:
+        """Lists which block sees which, without a mask of all pairs.
+
+        Args:
+            num_blocks: Blocks of the sequence.
+
+        Returns:
+            Numbers of query and key blocks, int64 (2, num_pairs) on the CPU, each pair once, sorted
+            by query and then by key.
+        """
+        blocks = torch.arange(num_blocks, device="cpu")
+        reach = min(self.num_window, num_blocks)
+        near = blocks[:, None] + torch.arange(-reach, reach + 1, device="cpu")
+        near = near.where((near >= 0) & (near < num_blocks), blocks[:, None])
+        first = blocks[: self.num_global].expand(num_blocks, -1)
+        drawn = draw_blocks(num_blocks, self.num_random, self.seed)
+        back = torch.cat([first, drawn], dim=1)
+        queries, keys = (blocks[:, None].expand_as(back), back)
+        one_way = blocks[:, None] * num_blocks + near
+        both_ways = [queries * num_blocks + keys, keys * num_blocks + queries]
+        found = torch.cat([x.flatten() for x in (one_way, *both_ways)]).unique()
+        return torch.stack([found // num_blocks, found % num_blocks])
+
+    def for_layer(self, layer: int) -> BigBirdBlocks:
+        """Makes the branch of a layer of a stack, counted from 0, with random blocks of its own."""
+        return replace(self, seed=_seed_of_layer(self.seed, layer))
 
     def attended_pairs(self, seq_len: int, num_heads: int, *, is_causal: bool = False) -> int:
         """Counts the (query, key) pairs of all heads."""
-        return self.for_length(seq_len).attended_pairs(seq_len, num_heads, is_causal=is_causal)
+        queries, keys = self.block_pairs(-(-seq_len // self.block_size))
+        pairs = _count_pairs(queries, keys, self.block_size, seq_len, is_causal=is_causal)
+        return num_heads * pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +173,11 @@ class HashBuckets:
     num_buckets / 2 columns in random directions, drawn for each key head and round (cross-polytope
     hashing of Andoni et al., arXiv 1509.02897). The length of x does not matter, and vectors at a
     small angle mostly share a bucket. It hashes q and k as the op gets them, rotated by their
-    positions where the layer does so, and passes no gradient.
+    positions where the layer does so, and passes no gradient. The layers of a stack hash by
+    different matrices, see `for_layer`.
+
+    Packed sequences have buckets of their own, and a bucket takes up tiles of at least 8 tokens:
+    take fewer buckets than most sequences have tokens.
 
     Attributes:
         num_buckets: Buckets of each round, an even number.
@@ -180,6 +207,10 @@ class HashBuckets:
         _check_kind(self, "hash_buckets")
         if self.num_buckets % 2:
             raise ValueError(f"num_buckets must be even, got {self.num_buckets}.")
+
+    def for_layer(self, layer: int) -> HashBuckets:
+        """Makes the branch of a layer of a stack, counted from 0, with matrices of its own."""
+        return replace(self, seed=_seed_of_layer(self.seed, layer))
 
     def attended_pairs(self, seq_len: int, num_heads: int, *, is_causal: bool = False) -> int:
         """Estimates the (query, key) pairs of all heads, as if tokens filled buckets evenly."""
@@ -258,6 +289,27 @@ def _make_branch(option: object) -> ConfiguredBranch:
     if unknown:
         raise TypeError(f"{kind} has no fields {unknown}, it has {known}.")
     return branch_class(**option)
+
+
+def _seed_of_layer(seed: int, layer: int) -> int:
+    """Draws the seed of a layer; layer 0 has that of the config.
+
+    Not seed + layer, which other branches may have. PyTorch's generator on a CPU reads the lower 32
+    bits alone, and an odd stride gives every layer others.
+    """
+    return (seed + 0x9E3779B9 * layer) % 2**63
+
+
+def _count_pairs(
+    queries: Tensor, keys: Tensor, block_size: int, seq_len: int, *, is_causal: bool
+) -> int:
+    """Counts the tokens that see each other in pairs of blocks, (num_pairs,) each."""
+    sizes = [(seq_len - block * block_size).clamp_max(block_size) for block in (queries, keys)]
+    pairs = sizes[0] * sizes[1]
+    if is_causal:
+        diagonal = sizes[0] * (sizes[0] + 1) // 2
+        pairs = torch.where(keys < queries, pairs, torch.where(keys == queries, diagonal, 0))
+    return int(pairs.sum())
 
 
 def _check_integers(branch: Any, *names: str, minimum: int) -> None:

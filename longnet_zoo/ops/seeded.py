@@ -1,6 +1,7 @@
 """What branches draw by a seed: matrices of hashes, and random blocks.
 
-They are operators, since a compiler does not follow a generator of random numbers.
+Hashing is an operator, since a compiler does not follow a generator of random numbers; blocks are
+drawn inside of the operator that attends.
 
 Shape legend: b batch, n seq_len, h num_heads, d head_dim, r rounds, m half of the buckets.
 """
@@ -41,8 +42,11 @@ def draw_blocks(num_blocks: int, num_draws: int, seed: int) -> Tensor:
 
     Block 0 draws itself. The draws of a block do not depend on how many follow.
     """
-    drawn: Tensor = torch.ops.longnet_zoo.draw_blocks(num_blocks, num_draws, seed, "cpu")
-    return drawn
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.rand(
+        num_blocks, num_draws, generator=generator, dtype=torch.float64, device="cpu"
+    )
+    return (shares * torch.arange(num_blocks, device="cpu")[:, None]).long()
 
 
 def _hash_labels(
@@ -75,27 +79,10 @@ def _like_labels(
     return x.new_empty((num_rounds, *x.shape[:3]), dtype=torch.int32)
 
 
-def _draw_blocks(num_blocks: int, num_draws: int, seed: int, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    shares = torch.rand(num_blocks, num_draws, generator=generator, dtype=torch.float64)
-    return (shares * torch.arange(num_blocks)[:, None]).long().to(device)
-
-
-def _like_blocks(num_blocks: int, num_draws: int, seed: int, device: torch.device) -> Tensor:
-    return torch.empty(num_blocks, num_draws, dtype=torch.int64, device=device)
-
-
 _hash_op = torch.library.custom_op(
     "longnet_zoo::hash_labels",
     _hash_labels,
     mutates_args=(),
-    schema="(Tensor x, int num_kv_heads, int num_buckets, int num_rounds, int seed) -> Tensor",
+    schema="(Tensor x, int num_kv_heads, int num_buckets, int num_rounds, SymInt seed) -> Tensor",
 )
 _hash_op.register_fake(_like_labels)
-_draw_op = torch.library.custom_op(
-    "longnet_zoo::draw_blocks",
-    _draw_blocks,
-    mutates_args=(),
-    schema="(SymInt num_blocks, int num_draws, int seed, Device device) -> Tensor",
-)
-_draw_op.register_fake(_like_blocks)

@@ -20,7 +20,7 @@ from .sequences import SequenceGroup
 
 __all__ = ["PairList", "TilePlan", "plan_blocks", "plan_labels"]
 
-_MIN_TILE, _MAX_TILE, _TILES_PER_LABEL = 32, 256, 8
+_MIN_TILE, _USUAL_TILE, _MAX_TILE, _TILES_PER_LABEL = 8, 32, 256, 8
 # Larger than any place: the place of an empty slot, which no query sees.
 _NOWHERE = 2**62
 
@@ -89,7 +89,10 @@ def plan_labels(
     """
     seq_len = query_labels.shape[1]
     # Several tiles to a label, so that few pairs are cut by causality or the end of the label.
-    size = max(_MIN_TILE, min(seq_len // (_TILES_PER_LABEL * num_labels), _MAX_TILE))
+    # Large tiles are fast, but mostly empty where labels have few rows: in many packed sequences.
+    rows_per_label = seq_len // num_labels
+    size = max(_MIN_TILE, min(rows_per_label, _USUAL_TILE))
+    size = max(size, min(rows_per_label // _TILES_PER_LABEL, _MAX_TILE))
     size = 2 ** (size.bit_length() - 1)
     queries = _gather_labels(query_labels, num_labels, query_labels.shape[2], size)
     keys = _gather_labels(key_labels, num_labels, num_kv_heads, size)
@@ -107,7 +110,7 @@ def plan_labels(
 
 
 def plan_blocks(
-    block_mask: Tensor,
+    block_pairs: Tensor,
     block_size: int,
     group: SequenceGroup,
     *,
@@ -115,10 +118,11 @@ def plan_blocks(
     is_causal: bool,
     is_hidden: Tensor | None,
 ) -> TilePlan:
-    """Plans a block mask for sequences of equal length.
+    """Plans attention between blocks for sequences of equal length.
 
     Args:
-        block_mask: Which query blocks see which key blocks, (1 or h, blocks, blocks).
+        block_pairs: Which blocks see which, sorted: numbers of query and key blocks (2, pairs) for
+            all heads, or of heads, query and key blocks (3, pairs).
         block_size: Tokens per block.
         group: The sequences.
         shape: (b, n, h, num_kv_heads).
@@ -126,7 +130,7 @@ def plan_blocks(
         is_hidden: Padding that is not at the end of its row, (b, n), or None.
     """
     _, seq_len, num_heads, num_kv_heads = shape
-    device, length = block_mask.device, group.length
+    device, length = block_pairs.device, group.length
     num_blocks = -(-length // block_size)
     # A block is one tile, or several that are as large as each other; its last one may have gaps.
     parts = -(-min(block_size, length) // _MAX_TILE)
@@ -148,21 +152,35 @@ def plan_blocks(
     limits = places if is_causal else torch.full_like(places, length)
     limits = limits.masked_fill(is_empty, -1).expand(-1, num_heads, -1, -1)
     key_places = places.masked_fill(is_empty, _NOWHERE).expand(-1, num_kv_heads, -1, -1)
-    mask = block_mask[:, :num_blocks, :num_blocks]
-    mask = mask.repeat_interleave(parts, 1).repeat_interleave(parts, 2)
-    pairs = mask.expand(num_heads, -1, -1).nonzero().T
-    sequences = torch.arange(group.count, device=device)[:, None]
-    head, query, key = pairs
+    head, query, key = _tile_pairs(block_pairs, parts, num_heads)
+    sequences = torch.arange(group.count, device=device)[:, None, None]
     num_tiles = num_blocks * parts
     key_head = head // (num_heads // num_kv_heads)
+    queries = ((sequences * num_heads + head) * num_tiles + query).flatten()
+    keys = ((sequences * num_kv_heads + key_head) * num_tiles + key).flatten()
+    if parts > 1:  # the tiles of a block took turns
+        queries, order = queries.sort(stable=True)
+        keys = keys[order]
     return _plan(
         query_rows=rows_of(num_heads),
         key_rows=rows_of(num_kv_heads),
         query_limits=limits.flatten(0, 2),
         key_places=key_places.flatten(0, 2),
-        queries=((sequences * num_heads + head) * num_tiles + query).flatten(),
-        keys=((sequences * num_kv_heads + key_head) * num_tiles + key).flatten(),
+        queries=queries,
+        keys=keys,
     )
+
+
+def _tile_pairs(block_pairs: Tensor, parts: int, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads, query tiles and key tiles, for blocks of so many tiles each.
+
+    One row for all pairs, or for pairs that heads share a row for each head.
+    """
+    device = block_pairs.device
+    *heads, query, key = block_pairs.repeat_interleave(parts**2, dim=1)
+    part = torch.arange(parts**2, device=device).repeat(block_pairs.shape[1])
+    head = heads[0] if heads else torch.arange(num_heads, device=device)[:, None]
+    return head, query * parts + part // parts, key * parts + part % parts
 
 
 @dataclass(frozen=True, kw_only=True)

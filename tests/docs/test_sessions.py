@@ -13,7 +13,14 @@ from tests.parallel.torchrun import torchrun
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 TUTORIALS = ("images_and_text", "scaling_out", "slides", "text", "your_own_model")
-PAGES = ("index", "patterns", "rules", "zoo", *(f"tutorials/{name}" for name in TUTORIALS))
+PAGES = (
+    "index",
+    "patterns",
+    "rules",
+    "transformers",
+    "zoo",
+    *(f"tutorials/{name}" for name in TUTORIALS),
+)
 
 
 @pytest.fixture

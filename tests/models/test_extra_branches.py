@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import longnet_zoo as lz
+from longnet_zoo.interop.transformers import LongNetForCausalLM
 from longnet_zoo.models import LongNetLM, LongNetLMConfig
 from longnet_zoo.ops.branches import BigBirdBlocks, HashBuckets
 
@@ -44,7 +46,17 @@ def test_options_of_a_recipe_name_branches():
     """
     model = lz.create_model("longnet_lm_tiny", **yaml.safe_load(text))
     assert model.config.extra_branches == BRANCHES
-    assert model.stack.blocks[0].attention.extra_branches == BRANCHES
+    for layer, block in enumerate(model.stack.blocks):
+        assert block.attention.extra_branches == tuple(x.for_layer(layer) for x in BRANCHES)
+
+
+def test_layers_see_by_draws_of_their_own():
+    first, second = (block.attention for block in make_model().stack.blocks)
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(1, 200, 32)
+    assert not torch.allclose(first(x), second(x))
+    second.extra_branches = first.extra_branches
+    assert torch.equal(first(x), second(x))
 
 
 def test_branches_change_the_logits_and_leak_nothing():
@@ -65,10 +77,27 @@ def test_compiled_model_equals_the_eager_one():
     torch.testing.assert_close(compiled(tokens), model(tokens))
 
 
+@torch.no_grad()
+@torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True)
+def test_layers_compiled_one_by_one_share_a_graph():
+    model, tokens = make_model(num_layers=5), torch.randint(31, (1, 60))
+    expected = model(tokens)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in model.stack.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    torch.testing.assert_close(model(tokens), expected)
+    assert counter.frame_count <= 2  # one for the first seed, one for all others
+
+
 def test_flops_count_the_pairs_of_branches():
     model, plain = make_model(), make_model(extra_branches=())
-    pairs = sum(branch.attended_pairs(100, 4, is_causal=True) for branch in BRANCHES)
-    assert model.flops(100) - plain.flops(100) == 2 * 4 * 8 * pairs
+    pairs = [
+        sum(x.for_layer(layer).attended_pairs(100, 4, is_causal=True) for x in BRANCHES)
+        for layer in range(2)
+    ]
+    assert pairs[0] != pairs[1]
+    assert model.flops(100) - plain.flops(100) == 4 * 8 * sum(pairs)
 
 
 def test_cache_and_generation_are_refused():
@@ -78,6 +107,18 @@ def test_cache_and_generation_are_refused():
         model.make_cache()
     with pytest.raises(NotImplementedError, match=words):
         model.generate(torch.randint(31, (1, 4)), max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_text_is_written_without_a_cache_as_the_error_says():
+    model, tokens = make_model(), torch.randint(31, (1, 20))
+    with pytest.raises(NotImplementedError, match=r"from_zoo\(model\).generate\(.*use_cache=False"):
+        model.generate(tokens, max_new_tokens=2)
+    theirs = LongNetForCausalLM.from_zoo(model)
+    got = theirs.generate(tokens, max_new_tokens=5, do_sample=False, use_cache=False)
+    for _ in range(5):
+        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(got, tokens)
 
 
 @pytest.mark.parametrize(

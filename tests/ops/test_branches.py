@@ -14,6 +14,8 @@ from longnet_zoo.ops.branches import (
 )
 from longnet_zoo.ops.seeded import hash_labels
 
+from .largest_tensor import LargestTensor
+
 MASK = torch.eye(3, dtype=torch.bool)
 KEPT = torch.ones(1, 12, 2, dtype=torch.bool)
 
@@ -54,6 +56,36 @@ def test_big_bird_draws_earlier_blocks_that_see_back():
 def test_big_bird_mask_of_a_short_sequence_is_a_corner_of_a_longer_one():
     rule = BigBirdBlocks(block_size=8)
     assert torch.equal(rule.for_length(96).block_mask, rule.for_length(400).block_mask[:12, :12])
+
+
+def test_big_bird_lists_the_pairs_of_its_mask_once_in_order():
+    rule = BigBirdBlocks(block_size=8, num_window=2, num_global=3, num_random=4)
+    for num_blocks in (1, 2, 5, 40):
+        pairs = rule.block_pairs(num_blocks)
+        assert torch.equal(pairs, rule.for_length(8 * num_blocks).block_mask.nonzero().T)
+
+
+def test_big_bird_is_listed_and_counted_without_a_mask_of_all_blocks(monkeypatch):
+    rule, num_blocks = BigBirdBlocks(block_size=4), 2**14  # 2**28 pairs
+    with LargestTensor() as largest:
+        pairs = rule.attended_pairs(4 * num_blocks, 1, is_causal=True)
+    assert largest.numel < 20 * num_blocks
+    assert 10 < pairs / (4 * num_blocks) < 30
+    monkeypatch.setattr(BigBirdBlocks, "for_length", None)
+    attend(rule)  # nor does the op make one
+
+
+def test_layers_draw_by_seeds_of_their_own():
+    rule, buckets = BigBirdBlocks(block_size=8, seed=3), HashBuckets(num_buckets=8, seed=2**63 - 1)
+    assert (rule.for_layer(0), buckets.for_layer(0)) == (rule, buckets)
+    masks = [rule.for_layer(layer).for_length(400).block_mask for layer in range(3)]
+    assert not any(torch.equal(masks[i], masks[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    x = torch.randn(1, 500, 2, 16)
+    options = {"num_kv_heads": 2, "num_buckets": 8, "num_rounds": 1}
+    labels = [hash_labels(x, seed=buckets.for_layer(i).seed, **options) for i in range(2)]
+    assert (labels[0] == labels[1]).float().mean() < 0.25
+    # The generator reads the lower 32 bits: those differ between all layers of a stack.
+    assert len({rule.for_layer(layer).seed % 2**32 for layer in range(1000)}) == 1000
 
 
 def test_big_bird_seed_changes_the_random_blocks():

@@ -53,16 +53,25 @@ def test_labels_pair_each_query_with_each_key_of_its_label_once(is_causal):
     assert len(plan.full.keys) > 0
 
 
+@pytest.mark.parametrize("rows_per_label", [4, 20, 200])
+def test_labels_of_few_rows_take_few_empty_slots(rows_per_label):
+    seq_len, num_labels = 6000, 6000 // rows_per_label
+    labels = torch.randint(num_labels, (1, seq_len, 1))
+    plan = plan_labels(labels, labels, num_labels=num_labels, num_kv_heads=1, is_causal=True)
+    assert plan.query_rows.numel() < 2.5 * seq_len
+
+
 @pytest.mark.parametrize("block_size", [16, 31, 300])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_blocks_pair_each_query_with_each_key_of_its_blocks_once(is_causal, block_size):
+@pytest.mark.parametrize("is_by_head", [False, True])
+def test_blocks_pair_each_query_with_each_key_of_its_blocks_once(is_by_head, is_causal, block_size):
     num_blocks = -(-SEQ_LEN // block_size)
-    mask = torch.rand(NUM_HEADS, num_blocks, num_blocks) < 0.6
+    mask = torch.rand(*(NUM_HEADS,) * is_by_head, num_blocks, num_blocks) < 0.6
     is_padding = torch.rand(BATCH, SEQ_LEN) < 0.1
     x = torch.randn(BATCH, SEQ_LEN)
     (group,), is_hidden = split_sequences(x, is_padding, None, is_single=False)
     plan = plan_blocks(
-        mask,
+        mask.nonzero().T,
         block_size,
         group,
         shape=(BATCH, SEQ_LEN, NUM_HEADS, NUM_KV_HEADS),
@@ -70,7 +79,7 @@ def test_blocks_pair_each_query_with_each_key_of_its_blocks_once(is_causal, bloc
         is_hidden=is_hidden,
     )
     blocks = torch.arange(SEQ_LEN) // block_size
-    expected = mask[None, :, blocks[:, None], blocks]
+    expected = mask.expand(1, NUM_HEADS, -1, -1)[:, :, blocks[:, None], blocks]
     expected = expected & ~is_padding[:, None, None] & ~is_padding[:, None, :, None]
     expected = expected.tril() if is_causal else expected
     assert torch.equal(counts_of(plan), expected.long())
@@ -78,11 +87,14 @@ def test_blocks_pair_each_query_with_each_key_of_its_blocks_once(is_causal, bloc
 
 def test_large_blocks_are_several_tiles():
     (group,), _ = split_sequences(torch.empty(1, 3000), None, None, is_single=False)
-    mask = torch.eye(3, dtype=torch.bool)[None]
+    mask = torch.eye(3, dtype=torch.bool)
     options = {"shape": (1, 3000, 1, 1), "is_causal": False, "is_hidden": None}
-    plan = plan_blocks(mask, 1000, group, **options)
+    plan = plan_blocks(mask.nonzero().T, 1000, group, **options)
     assert plan.query_rows.shape == plan.key_places.shape == (12, 250)
-    assert len(plan.full.keys) == 3 * 4 * 4
+    ((queries, keys),) = plan.full.by_count()
+    assert queries.tolist() == list(range(12))
+    # Each of a block's four tiles sees all four, in their order.
+    assert keys.tolist() == [[4 * (tile // 4) + part for part in range(4)] for tile in range(12)]
 
 
 def test_work_is_that_of_the_tiles_that_are_seen():
@@ -91,11 +103,11 @@ def test_work_is_that_of_the_tiles_that_are_seen():
     (group,), _ = split_sequences(torch.empty(1, seq_len), None, None, is_single=False)
     shape = (1, seq_len, 1, 1)
     options = {"shape": shape, "is_causal": True, "is_hidden": None}
-    plan = plan_blocks(mask[None], size, group, **options)
+    plan = plan_blocks(mask.nonzero().T, size, group, **options)
     assert len(plan.full.keys) == 0
     assert len(plan.partial.keys) == seq_len // size
     mask[:, 0] = True
-    plan = plan_blocks(mask[None], size, group, **options)
+    plan = plan_blocks(mask.nonzero().T, size, group, **options)
     assert len(plan.full.keys) == seq_len // size - 1
 
 
