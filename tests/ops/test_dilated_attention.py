@@ -153,8 +153,13 @@ def test_scale_is_used(scale, is_causal):
     assert_parity(dataclasses.replace(call, scale=scale, is_causal=is_causal))
 
 
-@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: f"{s[0]}-{s[1]}-causal={s[2]}")
-@pytest.mark.parametrize("bias", [None, "dense", "table"])
+@pytest.mark.parametrize(
+    ("bias", "switches"),
+    # Which rows the heads of a branch see has no part in how a bias is added.
+    [(None, switches) for switches in SWITCHES]
+    + [(bias, switches) for bias in ("dense", "table") for switches in SWITCHES[:4]],
+    ids=str,
+)
 def test_gradcheck_in_float64(bias, switches):
     """Three branches, grouped queries; out and lse as outputs, bias and inputs as variables."""
     call = Call(

@@ -22,6 +22,7 @@ from longnet_zoo.ops.pattern import DilatedPattern
 
 NESTED = DilatedPattern(segment_lengths=(16, 32), dilation_rates=(1, 2))
 DENSE = DilatedPattern(segment_lengths=(64,), dilation_rates=(1,))
+UNCOVERED = DilatedPattern(segment_lengths=(16,), dilation_rates=(3,))
 # Of those of float32, which the autotuner knows.
 SMALL_TILES = [(32, 32, 4, 2), (32, 32, 4, 1)]
 
@@ -54,7 +55,7 @@ class Driver:
 
 def attend(seq_len=64, num_heads=2, num_kv_heads=2, dtype=torch.bfloat16, pattern=NESTED, **more):
     heads = (num_heads, num_kv_heads, num_kv_heads)
-    q, k, v = (torch.randn(1, seq_len, h, 64, dtype=dtype, requires_grad=True) for h in heads)
+    q, k, v = (torch.randn(1, seq_len, h, 32, dtype=dtype, requires_grad=True) for h in heads)
     out = dilated_attention(q, k, v, pattern, backend="triton", **more)
     out.sum().backward()
 
@@ -83,13 +84,15 @@ def main():
         mock.patch.object(fused_softmax, "_BAND_PROGRAMMES", 1),
     ):
         _use_tiles(2)
-        attend()
+        attend(pattern=DENSE)
         _use_tiles(1)  # enough for the others
-        attend(is_causal=True, num_heads=4)
+        attend(is_causal=True, num_heads=4, dropout_p=0.3, dtype=torch.float32)
         attend(seq_len=1, num_heads=1, num_kv_heads=1, dtype=torch.float16, pattern=DENSE)
-        attend(bias=lambda distances: -slopes * distances.abs(), key_padding_mask=mask)
-        attend(pattern=DilatedPattern(segment_lengths=(16,), dilation_rates=(3,)))
-        attend(dropout_p=0.3, dtype=torch.float32)
+        attend(
+            pattern=UNCOVERED,
+            bias=lambda distances: -slopes * distances.abs(),
+            key_padding_mask=mask,
+        )
     print(json.dumps(compiled))
 
 
