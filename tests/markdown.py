@@ -61,6 +61,11 @@ def run_session(path: Path) -> dict[str, Any]:
     return namespace
 
 
+def run_programme(text: str) -> None:
+    """Runs a block that is a programme of its own."""
+    exec(compile(text, "programme", "exec"), {"__name__": "__main__"})
+
+
 def check_printed(got: str, shown: str, *, place: str) -> None:
     """Fails unless what was printed is what a page shows, up to the last digits of numbers."""
     lines = [[line.rstrip() for line in text.strip().splitlines()] for text in (got, shown)]

@@ -1,7 +1,8 @@
-"""benchmarks/gpu.sh: with a stand-in for Python its order and its exits, and once for real."""
+"""benchmarks/gpu.sh: with a stand-in for Python its order and its exits; the steps of a dry run."""
 
 import json
 import os
+import runpy
 import signal
 import stat
 import subprocess
@@ -22,11 +23,11 @@ PROGRAMMES = [
     "longnet_zoo.cli",
     "streaming",
 ]
-# Code 0 for the checks of the script itself; `$CODES` gives that of a programme, its last argument
-# list goes to `$CALLS`.
+# Code 0 for the checks of the script itself. A programme gets its code from the cases, and leaves a
+# line of its arguments, with tabs between them.
 STAND_IN = """#!/bin/sh
 [ "$1" = -m ] || {{ cat >/dev/null 2>&1; exit 0; }}
-echo "$@" >>{calls}
+{{ printf '%s\t' "$@"; echo; }} >>{calls}
 case "$2" in
 {cases}
 esac
@@ -64,7 +65,7 @@ def test_steps_run_in_order_of_importance(tmp_path):
     done = run(tmp_path, python)
     assert done.returncode == 0, done.stderr
     assert programmes(calls) == PROGRAMMES
-    lines = calls.read_text().splitlines()
+    lines = calls.read_text().replace("\t", " ").splitlines()
     assert "--shapes 12x64 16x128" in lines[1]
     assert "--seq-lens 65536 1048576" in lines[1]
     assert "--max-seq-len 16777216 --max-backward-seq-len 4194304" in lines[3]
@@ -178,9 +179,20 @@ def test_what_is_missing_is_said_in_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_dry_run_leaves_a_whole_file_for_every_step(tmp_path):
-    done = run(tmp_path, sys.executable, "--dry-run")
-    assert done.returncode == 0, (tmp_path / "out" / "gpu.log").read_text()
+def test_dry_run_leaves_a_whole_file_for_every_step(tmp_path, monkeypatch):
+    python, calls = make_python(tmp_path)
+    done = run(tmp_path, python, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    tests, *steps = (line.split("\t")[1:-1] for line in calls.read_text().splitlines())
+    place = tests.index("--collect-only") + 1
+    assert all((SCRIPT.parents[1] / file).is_file() for file in tests[place:])
+    # One file is enough to see that pytest takes these arguments and finds tests.
+    subprocess.run([sys.executable, "-m", *tests[: place + 1]], cwd=SCRIPT.parents[1], check=True)
+    for module, *arguments in steps:
+        # In this process: to import PyTorch for each takes longer than what it does. Another test
+        # runs all kernels.
+        only = ["--backends", "sdpa"] if module == "benchmarks.kernels" else []
+        run_module(module, [*arguments, *only], monkeypatch)
     files = {path.stem: path for path in (tmp_path / "out").glob("*.json")}
     names = ["kernels", "length", "length-pieces", "models", "models-million", "bench", "streaming"]
     assert set(files) == {f"{name}-dry" for name in names}
@@ -190,3 +202,15 @@ def test_dry_run_leaves_a_whole_file_for_every_step(tmp_path):
         assert document["cells"]
     # No more files than a machine may be asked to send back.
     assert len(list((tmp_path / "out").iterdir())) <= 9
+
+
+def run_module(module, arguments, monkeypatch):
+    """Does what `python -m` does, which must end with 0."""
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    # Of which there is a warning where another test has imported it.
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(module, run_name="__main__")
+    signal.signal(signal.SIGTERM, handler)
+    assert not end.value.code, module

@@ -47,8 +47,10 @@ def test_dense_attention_gets_the_length_of_equal_pairs():
 
 
 def test_each_backend_has_a_cell_with_figures_or_a_reason(tmp_path, capsys):
+    # All kernels run, Triton's in its interpreter, so the size is a quarter of the others'.
+    small = replace(SHAPE, seq_len=32, num_heads=2)
     output = tmp_path / "kernels.json"
-    assert run("--output", output) == 0
+    assert run("--output", output, "--seq-lens", 32, "--shapes", "2x8") == 0
     document = json.loads(output.read_text())
     assert document == json.loads(capsys.readouterr().out.splitlines()[-1])
     cells = {cell["contender"]: cell for cell in document["cells"]}
@@ -61,7 +63,7 @@ def test_each_backend_has_a_cell_with_figures_or_a_reason(tmp_path, capsys):
     for passed in PASSES:
         figures, ratios = ours[passed], ours[passed]["ratios"]
         assert figures["low_ms"] <= figures["median_ms"] <= figures["high_ms"]
-        flops = FLOPS[passed] * 8 * SHAPE.pairs
+        flops = FLOPS[passed] * 8 * small.pairs
         assert figures["tflops_per_s"] == pytest.approx(flops / figures["median_ms"] / 1e9, 1e-3)
         assert ratios["flops_over_dense"] == pytest.approx(
             figures["tflops_per_s"] / dense[passed]["tflops_per_s"], 1e-3
@@ -72,7 +74,8 @@ def test_each_backend_has_a_cell_with_figures_or_a_reason(tmp_path, capsys):
         assert ratios["memory_over_usual"] == pytest.approx(
             figures["peak_extra_mib"] / usual[passed]["peak_extra_mib"], 1e-3
         )
-    assert dense["dense_len"] == 40
+    # 408 pairs a head are those of about 28 dense tokens, in whole tiles of 8.
+    assert dense["dense_len"] == 32
 
 
 def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
@@ -152,7 +155,8 @@ def test_memory_that_ends_while_timing_costs_the_largest_only(monkeypatch):
 
     monkeypatch.setattr(kernels, "alternate", exhaust_once)
     record = Record("kernels", {}, device=SHAPE.device, output=None, resume=False)
-    kernels.measure(SHAPE, kernels.read_options(["--rounds", "1"]), record)
+    options = kernels.read_options(["--rounds", "1", "--backends", "sdpa", "math"])
+    kernels.measure(SHAPE, options, record)
     reasons = [x["contender"] for x in record.cells if "beside the others" in x.get("reason", "")]
     # `math` holds the logits of a chunk.
     assert reasons == ["dilated, math"]

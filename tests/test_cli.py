@@ -39,7 +39,7 @@ def test_list_shows_every_model_in_80_columns(capsys):
     assert max(map(len, lines)) <= 80
     for name in list_models():
         (line,) = [line for line in lines if line.split()[:1] == [name]]
-        assert ("yes" in line.split()) == bool(model_info(name).weights)
+        assert ("yes" in line.split()) == bool(find_model(name).weights)
     assert "162M" in next(line for line in lines if "longnet_lm_base" in line)
 
 

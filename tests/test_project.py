@@ -45,6 +45,11 @@ TEXT_FILES = [file for file in FILES if Path(file).suffix in TEXT_SUFFIXES]
 CONFIGS = [file for file in FILES if file.startswith("configs/") and file.endswith(".yaml")]
 
 
+def test_files_are_found():
+    for some in (PYTHON_FILES, TEXT_FILES, CONFIGS):
+        assert len(some) > 20
+
+
 def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Lines from `def` to the end, without the docstring."""
     num_lines = function.end_lineno - function.lineno + 1
@@ -54,32 +59,31 @@ def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return num_lines
 
 
-@pytest.mark.parametrize("file", PYTHON_FILES)
-def test_file_is_short(file):
-    num_lines = len(read(file).splitlines())
-    assert num_lines <= MAX_FILE_LINES, (
-        f"{file} has {num_lines} lines, the limit is {MAX_FILE_LINES}: split it by idea"
-    )
+def test_files_are_short():
+    num_lines = {file: len(read(file).splitlines()) for file in PYTHON_FILES}
+    long = {file: number for file, number in num_lines.items() if number > MAX_FILE_LINES}
+    assert not long, f"lines {long}, the limit is {MAX_FILE_LINES}: split a longer file by idea"
 
 
-@pytest.mark.parametrize("file", PYTHON_FILES)
-def test_functions_are_short(file):
+def test_functions_are_short():
     long = {
-        f"{node.name} (line {node.lineno})": code_lines(node)
+        f"{file}, {node.name} (line {node.lineno})": code_lines(node)
+        for file in PYTHON_FILES
         for node in ast.walk(ast.parse(read(file)))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and code_lines(node) > MAX_FUNCTION_LINES
     }
     assert not long, (
-        f"{file}: lines of code without docstring {long}, the limit is {MAX_FUNCTION_LINES}: "
+        f"lines of code without docstring {long}, the limit is {MAX_FUNCTION_LINES}: "
         "a longer function is two ideas"
     )
 
 
-@pytest.mark.parametrize("file", TEXT_FILES)
-def test_file_names_no_path_of_one_machine(file):
-    found = re.findall(r"(?<![\w.:/])/(?:home|root|Users|work)/[\w.]\S*", read(file))
-    assert not found, f"{file} names {found}, which exists on one machine only"
+def test_files_name_no_path_of_one_machine():
+    path = re.compile(r"(?<![\w.:/])/(?:home|root|Users|work)/[\w.]\S*")
+    found = {file: path.findall(read(file)) for file in TEXT_FILES}
+    wrong = {file: paths for file, paths in found.items() if paths}
+    assert not wrong, f"{wrong} exist on one machine only"
 
 
 @pytest.mark.parametrize("file", CONFIGS)

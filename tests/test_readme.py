@@ -1,7 +1,6 @@
 """Every Python block of the README runs as it stands, in order, as a reader would type it."""
 
 import re
-import socket
 from pathlib import Path
 
 import h5py
@@ -12,12 +11,14 @@ import torch
 
 from longnet_zoo.factory import create_model
 from longnet_zoo.weights import to_published_state_dict
-from tests.markdown import links, read_blocks
-from tests.parallel.torchrun import torchrun
+from tests.forked import fork_ranks
+from tests.markdown import links, read_blocks, run_programme
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [block.text for block in read_blocks(README) if block.language == "python"]
+# A programme of its own, which torchrun starts.
+(PROGRAMME,) = (block for block in BLOCKS if "WORLD_SIZE" in block)
 
 
 def test_there_is_a_short_first_example():
@@ -38,26 +39,16 @@ def write_slides(folder):
     return model.eval()
 
 
-def as_one_process_of_torchrun(monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    values = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}
-    for name, value in values.items():
-        monkeypatch.setenv(name, str(value))
-
-
 @pytest.mark.slow
 def test_python_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = write_slides(tmp_path)
     sound = 0.1 * np.random.default_rng(0).standard_normal((44_100, 2))
     soundfile.write("hour.flac", sound, samplerate=44_100)
-    torch.set_num_threads(2)
-    as_one_process_of_torchrun(monkeypatch)
     namespace: dict[str, object] = {"__name__": "readme"}
     for number, block in enumerate(BLOCKS, start=1):
-        exec(compile(block, f"README.md, block {number}", "exec"), namespace)
+        if block != PROGRAMME:
+            exec(compile(block, f"README.md, block {number}", "exec"), namespace)
     assert namespace["embedding"].shape == (128,)  # type: ignore[attr-defined]
     slides = torch.load("slides.pt", weights_only=True)
     assert list(slides) == ["slide_0", "slide_1"]
@@ -68,12 +59,10 @@ def test_python_blocks_run(tmp_path, monkeypatch):
 
 @pytest.mark.distributed
 def test_the_programme_for_many_devices_prints_what_one_process_finds(tmp_path):
-    (block,) = (block for block in BLOCKS if "WORLD_SIZE" in block)
-    path = tmp_path / "a file.py"
-    path.write_text(block)
-    done = torchrun([str(path)], world_size=2, env={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stdout
-    (line,) = (x for x in done.stdout.splitlines() if re.fullmatch(r"[\d.]+ [\d.]+", x))
+    ended = fork_ranks(tmp_path, run_programme, PROGRAMME, world_size=2)
+    assert [process.status for process in ended] == [0, 0], ended
+    lines = "".join(process.said for process in ended).splitlines()
+    (line,) = (x for x in lines if re.fullmatch(r"[\d.]+ [\d.]+", x))
     torch.manual_seed(0)
     model = create_model("longnet_lm_tiny")
     tokens = torch.randint(0, 256, (1, 10_001))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from longnet_zoo import registry
-from tests.markdown import check_printed, read_blocks, run_session
-from tests.parallel.torchrun import torchrun
+from tests.forked import fork_ranks
+from tests.markdown import check_printed, read_blocks, run_programme, run_session
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -55,9 +55,8 @@ def test_the_programme_for_two_processes_prints_what_is_shown(tmp_path):
     place = next(i for i, block in enumerate(blocks) if block.text.startswith("torchrun"))
     options = shlex.split(blocks[place].text)
     assert options == ["torchrun", "--standalone", "--nproc-per-node", "2", "train.py"]
-    path = tmp_path / "train.py"
-    path.write_text(programme.text, encoding="utf-8")
-    done = torchrun([str(path)], world_size=2, env={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stdout
-    lines = [line for line in done.stdout.splitlines() if "tokens here" in line]
+    ended = fork_ranks(tmp_path, run_programme, programme.text, world_size=2)
+    assert [process.status for process in ended] == [0, 0], ended
+    said = "".join(process.said for process in ended)
+    lines = [line for line in said.splitlines() if "tokens here" in line]
     check_printed("\n".join(lines), blocks[place + 1].text, place="train.py")

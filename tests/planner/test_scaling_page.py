@@ -3,13 +3,14 @@
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
 from longnet_zoo.cli import main
 from longnet_zoo.planner.command import _rounded
-from tests.parallel.torchrun import ROOT, torchrun
+from tests.forked import fork_ranks
+from tests.markdown import run_programme
+from tests.parallel.torchrun import ROOT
 
 PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^longnet-zoo (plan .*)$", PAGE, flags=re.MULTILINE)
@@ -53,10 +54,9 @@ def test_linked_files_exist():
 @pytest.mark.distributed
 def test_programme_runs_on_two_ranks(tmp_path):
     (block,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    path = Path(tmp_path) / "train.py"
-    path.write_text(block)
-    done = torchrun([str(path)], world_size=2, env={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stdout
-    losses = [float(x) for x in re.findall(r"^\d+\.\d+$", done.stdout, flags=re.MULTILINE)]
+    ended = fork_ranks(tmp_path, run_programme, block, world_size=2)
+    assert [process.status for process in ended] == [0, 0], ended
+    said = "".join(process.said for process in ended)
+    losses = [float(x) for x in re.findall(r"^\d+\.\d+$", said, flags=re.MULTILINE)]
     assert len(losses) == 3
     assert losses[2] < losses[0]

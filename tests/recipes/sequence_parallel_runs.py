@@ -1,26 +1,20 @@
-"""Runs recipes one after another on the processes of torchrun, and says what happened.
+"""Runs recipes one after another on the processes of a group, and says what happened.
 
-    torchrun ... -m tests.recipes.sequence_parallel_runs RUNS.json
-
-`RUNS.json` holds a list of runs, each a name, the module of a recipe, and its arguments. Beside it
-each process writes what a recipe refused, as `NAME.error.RANK`, and the first one an empty
-`NAME.ended` after each run.
+A run is a name, the module of a recipe, and its arguments. Each process writes what a recipe
+refused, as `NAME.error.RANK`, and the first one an empty `NAME.ended` after each run.
 """
 
 import contextlib
 import importlib
 import io
-import json
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 
 import lightning as L
 import torch
 
-from tests.parallel.torchrun import torchrun
+from tests.forked import fork_ranks
 from tests.recipes.text_runs import arguments
 
 STRATEGY = "recipes.sequence_parallel.SequenceParallelStrategy"
@@ -74,8 +68,8 @@ def strategy(sequence_size, **options):
 def text_run(corpus, folder, name, *more, recipe="recipes.text_lm", verb="fit", **changes):
     """Returns a tiny run of a text recipe: its name, recipe and arguments."""
     defaults = {
-        "trainer__max_steps": 20,
-        "trainer__val_check_interval": 10,
+        "trainer__max_steps": 10,
+        "trainer__val_check_interval": 5,
         "trainer__enable_progress_bar": "false",
         "trainer__gradient_clip_val": 1.0,
         "model__model_options__dropout": 0,
@@ -85,23 +79,21 @@ def text_run(corpus, folder, name, *more, recipe="recipes.text_lm", verb="fit", 
     return name, recipe, [verb, *args, *map(str, more)]
 
 
-def run_all(folder, runs, *, world_size, timeout_s=110):
+def run_all(folder, runs, *, world_size):
     """Runs on so many processes; returns what each process said of runs that failed."""
-    path = folder / f"runs_{world_size}.json"
-    path.write_text(json.dumps(runs))
-    done = torchrun(["-m", __name__, str(path)], world_size=world_size, timeout_s=timeout_s)
+    processes = fork_ranks(folder, run_each, folder, runs, world_size=world_size)
     said = {name: sorted(folder.glob(f"{name}.error.*")) for name, _, _ in runs}
     ended = {name: (folder / f"{name}.ended").exists() for name in said}
     return {
-        name: [file.read_text() for file in said[name]] if ended[name] else [done.stdout]
-        for name in said
+        name: [file.read_text() for file in files] if ended[name] else [x.said for x in processes]
+        for name, files in said.items()
     }
 
 
-def main(path):
-    torch.set_num_threads(1)
-    folder, rank = path.parent, os.environ["RANK"]
-    for name, recipe, args in json.loads(path.read_text()):
+def run_each(folder, runs):
+    """Runs on this process, of which the others do the same."""
+    rank = os.environ["RANK"]
+    for name, recipe, args in runs:
         try:
             with contextlib.redirect_stderr(io.StringIO()) as said:
                 importlib.import_module(recipe).main(args)
@@ -110,8 +102,3 @@ def main(path):
             (folder / f"{name}.error.{rank}").write_text(said.getvalue())
         if rank == "0":
             (folder / f"{name}.ended").touch()
-
-
-if __name__ == "__main__":
-    arguments_file = Path(sys.argv.pop())
-    main(arguments_file)

@@ -310,7 +310,7 @@ class _UnevenData(PointData):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_confusion_is_summed_over_processes(tmp_path):
-    options = {"devices": 2, "strategy": "ddp_spawn", "use_distributed_sampler": False}
+    options = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = quiet_trainer(tmp_path, callbacks=[_SaveCounts(tmp_path)], **options)

@@ -2,14 +2,14 @@
 
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from recipes.text_lm import TextLM, main
+from recipes.cli import run
+from recipes.text_data import TextDataModule
+from recipes.text_lm import TextLM
+from tests.forked import fork
 from tests.recipes.text_runs import (
     arguments,
     curve,
@@ -17,46 +17,30 @@ from tests.recipes.text_runs import (
     read_rows,
 )
 
-ROOT = Path(__file__).parents[2]
-
-# Kills itself as `kill -9` would: nothing is flushed, no handler runs.
-KILLED_RUN = """
-import os, signal, sys
-from recipes.cli import run
-from recipes.text_data import TextDataModule
-from recipes.text_lm import TextLM
 
 class Killed(TextLM):
+    """Kills its process as `kill -9` would: nothing is flushed, no handler runs."""
+
     def on_train_batch_end(self, *args):
         if self.trainer.global_step == 8:
             os.kill(os.getpid(), signal.SIGKILL)
 
-run(Killed, TextDataModule)
-"""
-
-
-# Gets a real SIGTERM in the first of the three batches of optimizer step 4.
-TERMINATED_RUN = """
-import os, signal
-from recipes.cli import run
-from recipes.text_data import TextDataModule
-from recipes.text_lm import TextLM
 
 class Terminated(TextLM):
+    """Gets a real SIGTERM in the first of the three batches of optimizer step 4."""
+
     def on_train_batch_start(self, batch, batch_idx):
         if batch_idx == 12:
             os.kill(os.getpid(), signal.SIGTERM)
-
-run(Terminated, TextDataModule)
-"""
 
 
 class PowerCut(Exception):
     """Stands for whatever ends a run."""
 
 
-def fit(corpus, run_dir, *more, every=3, **changes):
-    main(["fit", *arguments(corpus, run_dir, **changes), *last_checkpoint_every(every), *more])
+def fit(corpus, run_dir, *more, every=3, task=TextLM, **changes):
+    args = [*arguments(corpus, run_dir, **changes), *last_checkpoint_every(every), *more]
+    run(task, TextDataModule, args=["fit", *args])
 
 
 def fit_until(step, monkeypatch, *args, **changes):
@@ -72,17 +56,9 @@ def fit_until(step, monkeypatch, *args, **changes):
             fit(*args, **changes)
 
 
-def run_script(script, corpus, run_dir, *, every=3, **changes):
-    args = [*arguments(corpus, run_dir, **changes), *last_checkpoint_every(every)]
-    return subprocess.run(
-        [sys.executable, "-c", script, "fit", *args],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+def fit_elsewhere(folder, *args, **changes):
+    """Runs in a process of its own; returns how that ended."""
+    return fork(folder, fit, *args, **changes)
 
 
 def assert_same_rows(got_dir, expected_dir, *, ignore=()):
@@ -98,8 +74,8 @@ def assert_same_rows(got_dir, expected_dir, *, ignore=()):
 
 def test_sigkill_mid_epoch_then_last_equals_an_unbroken_run(corpus, tmp_path):
     fit(corpus, tmp_path / "whole")
-    killed = run_script(KILLED_RUN, corpus, tmp_path / "killed")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = fit_elsewhere(tmp_path, corpus, tmp_path / "killed", task=Killed)
+    assert killed.status == -signal.SIGKILL, killed.said
     # Rows of steps 6 and 7 lie behind the checkpoint of step 6 and come again.
     assert max(curve(tmp_path / "killed", "train_loss")) == 6
 
@@ -113,11 +89,13 @@ def test_sigkill_mid_epoch_then_last_equals_an_unbroken_run(corpus, tmp_path):
 def test_sigterm_saves_the_step_and_says_how_to_go_on(corpus, tmp_path, interval):
     changes = {"trainer__accumulate_grad_batches": 3, "trainer__val_check_interval": interval}
     fit(corpus, tmp_path / "whole", every=100, **changes)
-    stopped = run_script(TERMINATED_RUN, corpus, tmp_path / "cut", every=100, **changes)
-    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    stopped = fit_elsewhere(
+        tmp_path, corpus, tmp_path / "cut", every=100, task=Terminated, **changes
+    )
+    assert stopped.status == 128 + signal.SIGTERM, stopped.said
     path = tmp_path / "cut" / "checkpoints" / "last.ckpt"
-    assert f"Resume {path} with --ckpt_path last." in stopped.stdout
-    assert "Traceback" not in stopped.stderr
+    assert f"Resume {path} with --ckpt_path last." in stopped.said
+    assert "Traceback" not in stopped.said
     assert torch.load(path, weights_only=True)["global_step"] == 5
     fit(corpus, tmp_path / "cut", "--ckpt_path=last", every=100, **changes)
     assert_same_rows(tmp_path / "cut", tmp_path / "whole")
