@@ -145,6 +145,8 @@ def test_an_interrupt_stops_the_programme_in_order(number, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Tests that run in the background of a shell ignore it, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         deadline_s = time.monotonic() + 120
         while not ready.exists():

