@@ -4,7 +4,7 @@ r"""Trains a model on a task that needs a long memory, at a number of training F
     python -m recipes.long_range fit --config configs/long_range/mqar.yaml \
         --model.attention dense --trainer.default_root_dir runs/long_range/mqar-dense
     python -m recipes.long_range test --config configs/long_range/mqar.yaml
-    longnet-zoo evaluate --task mqar --lengths 1024 --option vocab_size=256 \
+    longnet-zoo evaluate --task mqar --lengths 1024 --option vocab_size=64 --option num_pairs=8 \
         --models dilated=runs/long_range/mqar/model dense=runs/long_range/mqar-dense/model
 
 With the same `train_flops`, dilated and dense attention get the same compute: what a step costs is
