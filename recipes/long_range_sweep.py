@@ -4,10 +4,10 @@ r"""Trains dilated and dense attention on long-range tasks at equal training FLO
     python -m recipes.long_range_sweep --tasks mqar passkey --lengths 1024 --seeds 3 --jobs 2
 
 For each task, length, attention and seed it runs `recipes.long_range` with `configs/long_range/
-TASK.yaml`, in a folder of its own under `--folder`. A run that is finished is not run again; one
-that was stopped goes on from its last checkpoint. At the end, or at once where all runs are there,
-it writes the figures to `--output`, draws them beside it, writes the tables to `--page` and prints
-them.
+TASK.yaml`, in a folder of its own under `--folder`. Batches of every length have as many tokens as
+those of the file, one example at least. A run that is finished is not run again; one that was
+stopped goes on from its last checkpoint. At the end, or at once where all runs are there, it writes
+the figures to `--output`, draws them beside it, writes the tables to `--page` and prints them.
 """
 
 import argparse
@@ -118,7 +118,7 @@ class Run:
     def settings(self, config: SweepConfig) -> dict[str, Any]:
         """Returns all that its figures depend on."""
         return {
-            "config": yaml.safe_load(_config(self.task).read_text()),
+            "config": _settings(self.task),
             "arguments": list(config.arguments),
         }
 
@@ -131,6 +131,7 @@ class Run:
             *(sys.executable, "-m", "recipes.long_range", "fit"),
             *("--config", str(_config(self.task)), f"--seed_everything={self.seed}"),
             *(f"--model.seq_len={self.seq_len}", f"--model.attention={self.attention}"),
+            f"--data.batch_size={_batch_size(self.task, self.seq_len)}",
             *(f"--data.seed={self.seed}", f"--trainer.default_root_dir={folder}"),
             *config.arguments,
             *checkpoint,
@@ -189,15 +190,22 @@ def _runs(config: SweepConfig) -> list[Run]:
     runs = [
         Run(task=task, seq_len=length, attention=attention, seed=seed)
         for seed, task in itertools.product(range(config.seeds), config.tasks)
-        for length in config.lengths or (_usual(task)["seq_len"],)
+        for length in config.lengths or (_settings(task)["model"]["seq_len"],)
         for attention in _ATTENTIONS
     ]
     return list(dict.fromkeys(runs))
 
 
-def _usual(task: str) -> dict[str, Any]:
-    """Returns the model section of a task's file."""
-    return yaml.safe_load(_config(task).read_text())["model"]
+def _settings(task: str) -> dict[str, Any]:
+    """Returns what the file of a task says."""
+    return yaml.safe_load(_config(task).read_text())
+
+
+def _batch_size(task: str, seq_len: int) -> int:
+    """Returns how many examples have about as many tokens as a batch of the task's file."""
+    settings = _settings(task)
+    num_tokens = settings["data"]["batch_size"] * settings["model"]["seq_len"]
+    return max(1, num_tokens // seq_len)
 
 
 def _execute(run: Run, config: SweepConfig) -> str:

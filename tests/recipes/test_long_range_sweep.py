@@ -26,6 +26,7 @@ ARGUMENTS = (
     "--model.train_flops=2e6",
     "--data.test_examples=5",
     "--data.val_examples=2",
+    "--data.batch_size=2",
 )
 
 
@@ -103,6 +104,16 @@ def test_a_sweep_compares_at_equal_flops_and_does_nothing_twice(tmp_path, in_pro
     assert f"8/8 selective_copying-16-dense-seed1: {share:.1f} % right after" in printed
     assert run_sweep(config)["selective_copying"] == cells
     assert len(in_process) == 8
+
+
+@pytest.mark.parametrize("seq_len", [256, 1024, 3000, 100_000])
+def test_batches_of_any_length_have_as_many_tokens(seq_len):
+    command = Run(task="mqar", seq_len=seq_len, attention="dense", seed=0).command(SweepConfig())
+    (batch_size,) = (int(word.split("=")[1]) for word in command if "batch_size" in word)
+    usual = long_range_sweep._settings("mqar")
+    num_tokens = usual["data"]["batch_size"] * usual["model"]["seq_len"]
+    assert batch_size == 1 or num_tokens - seq_len < batch_size * seq_len <= num_tokens
+    assert (batch_size == 1) == (2 * seq_len > num_tokens)
 
 
 def test_the_table_has_what_the_arguments_have_made_of_the_task(tmp_path, in_process):
