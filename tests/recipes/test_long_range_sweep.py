@@ -20,6 +20,7 @@ from recipes.long_range_sweep import Run, SweepConfig, main, run_sweep
 
 ARGUMENTS = (
     "--model.start_len=null",
+    "--model.task_options.num_data_tokens=8",
     "--model.model_options.embed_dim=8",
     "--model.model_options.num_layers=1",
     "--model.model_options.num_heads=2",
