@@ -55,6 +55,8 @@ class LongRange(L.LightningModule):
         start_len: Length to begin with, which doubles until it is `seq_len`; null: all examples
             have `seq_len`.
         model_name: Name in the registry: a model of text, or a longvit for pathfinder.
+        pretrained: Weights to start from, as in `longnet_zoo.create_model`; what they cost is no
+            part of `train_flops`.
         model_options: Options of `longnet_zoo.create_model` for it, such as `embed_dim`. Vocabulary
             and classes follow from the task, segments and rates are given below.
         attention: "dilated", or "dense" for one segment and all else the same.
@@ -75,6 +77,7 @@ class LongRange(L.LightningModule):
         task_options: dict[str, Any] | None = None,
         start_len: int | None = None,
         model_name: str | None = "longnet_lm_tiny",
+        pretrained: bool | str = False,
         model_options: dict[str, Any] | None = None,
         attention: Literal["dilated", "dense"] = "dilated",
         segment_lengths: tuple[int, ...] | None = None,
@@ -94,6 +97,7 @@ class LongRange(L.LightningModule):
         self.model, saved_options = make_model(
             self.task,
             name=model_name,
+            pretrained=pretrained,
             options=model_options or {},
             attention=attention,
             segment_lengths=segment_lengths,

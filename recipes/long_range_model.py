@@ -17,6 +17,7 @@ def make_model(
     task: Task,
     *,
     name: str,
+    pretrained: bool | str = False,
     options: dict[str, Any],
     attention: Literal["dilated", "dense"],
     segment_lengths: tuple[int, ...] | None,
@@ -27,6 +28,8 @@ def make_model(
     Args:
         task: The task.
         name: Name in the registry.
+        pretrained: Weights to start from, as in `longnet_zoo.create_model`; they need the
+            vocabulary of the task.
         options: Other options of the model. Those that follow may be among them, as a checkpoint
             has them, but not with other values.
         attention: "dilated", or "dense" for one segment.
@@ -37,8 +40,8 @@ def make_model(
         The model, and the options that make it again.
 
     Raises:
-        ValueError: The model cannot do the task, its segments are too short for it, or an option is
-            another one than what follows.
+        ValueError: The model cannot do the task, its segments are too short for it, an option is
+            another one than what follows, or the weights do not fit.
     """
     if attention not in ("dilated", "dense"):
         raise ValueError(f"attention must be 'dilated' or 'dense', got {attention!r}.")
@@ -50,7 +53,7 @@ def make_model(
         fixed["segment_lengths"] = tuple(segment_lengths or entry.config.segment_lengths)
         fixed["dilation_rates"] = tuple(dilation_rates or entry.config.dilation_rates)
     _check_fixed(options, fixed)
-    model = lz.create_model(name, **{**options, **fixed})
+    model = lz.create_model(name, pretrained=pretrained, **{**options, **fixed})
     check_model(model, task, name=name)
     _check_reach(model, task)
     saved = changed_options(model, name)

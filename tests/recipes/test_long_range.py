@@ -234,9 +234,24 @@ def test_dense_attention_changes_nothing_but_the_pattern():
     assert dilated.config.segment_lengths == (8, 16)
 
 
+@pytest.mark.parametrize("attention", ["dilated", "dense"])
+def test_it_begins_with_the_weights_that_it_is_given(tmp_path, attention):
+    weights = make_task_module().model
+    weights.save_pretrained(tmp_path)
+    task = make_task_module(attention=attention, pretrained=str(tmp_path))
+    state = task.model.state_dict()
+    assert all(torch.equal(x, state[name]) for name, x in weights.state_dict().items())
+    assert task.model.config.pattern.is_dense == (attention == "dense")
+    assert "pretrained" not in task.hparams  # a checkpoint has weights of its own
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (
+            {"pretrained": True, "model_options": {}},
+            r"embedding.weight: \(259, 192\) instead of \(6, 192\)",
+        ),
         ({"attention": "full"}, "attention must be 'dilated' or 'dense', got 'full'"),
         ({"train_flops": -1.0}, "train_flops must be positive, got -1.0"),
         ({"start_len": 6}, "got start_len=6 and seq_len=16"),
