@@ -53,7 +53,7 @@ class SweepConfig:
 
     Attributes:
         tasks: Names of tasks; each has a file in `configs/long_range`.
-        lengths: Tokens of an example; none: those of the files.
+        lengths: Tokens of an example.
         seeds: Runs of each, with seeds from 0 on.
         jobs: Runs at a time, each with one thread.
         folder: Where the runs lie.
@@ -63,7 +63,7 @@ class SweepConfig:
     """
 
     tasks: tuple[str, ...] = ("mqar", "passkey", "selective_copying", "listops")
-    lengths: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = (1024, 4096)
     seeds: int = 3
     jobs: int = 2
     folder: Path = Path("runs/long_range")
@@ -187,12 +187,11 @@ def _config(task: str) -> Path:
 
 def _runs(config: SweepConfig) -> list[Run]:
     """Lists the runs, seeds outermost, so that an early stop leaves whole comparisons."""
-    runs = [
+    choices = itertools.product(range(config.seeds), config.tasks, config.lengths, _ATTENTIONS)
+    runs = (
         Run(task=task, seq_len=length, attention=attention, seed=seed)
-        for seed, task in itertools.product(range(config.seeds), config.tasks)
-        for length in config.lengths or (_settings(task)["model"]["seq_len"],)
-        for attention in _ATTENTIONS
-    ]
+        for seed, task, length, attention in choices
+    )
     return list(dict.fromkeys(runs))
 
 
@@ -304,7 +303,7 @@ def main(args: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tasks", nargs="+", default=usual.tasks, metavar="TASK")
-    parser.add_argument("--lengths", nargs="+", type=int, default=(), metavar="TOKENS")
+    parser.add_argument("--lengths", nargs="+", type=int, default=usual.lengths, metavar="TOKENS")
     parser.add_argument("--seeds", type=int, default=usual.seeds)
     parser.add_argument("--jobs", type=int, default=usual.jobs, help="runs at a time")
     parser.add_argument("--folder", type=Path, default=usual.folder)
