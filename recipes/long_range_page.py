@@ -1,21 +1,23 @@
 """The page of a sweep: what was compared, on what, and what came out, as Markdown."""
 
+import inspect
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from longnet_zoo.bench import markdown_table
-from longnet_zoo.long_range import Cell
+from longnet_zoo.long_range import TASKS, Cell
 from longnet_zoo.long_range.table import COLUMNS, rows
 
 __all__ = ["long_range_page"]
 
-_PAGE = """# Long-range tasks: dilated against dense attention
+_PAGE = """# Long-range tasks
 
-Runs of each: {num_seeds}, with seeds of weights and examples of their own. Dilated and dense
-attention have the same training FLOPs and differ in nothing else, so the cheaper step buys more
-steps. Models are tested at the length that they were trained at. Rules and sizes of the tasks:
-`longnet_zoo/long_range`; settings: `configs/long_range`.
+Dilated against dense attention at the same training FLOPs and else alike, so the cheaper step buys
+more steps. Models are tested at the length that they were trained at. Runs of each: {num_seeds},
+with seeds of weights and examples of their own. The rules of the tasks are in
+`longnet_zoo/long_range`, all settings in `configs/long_range`.
 
 ![accuracy over length]({picture})
 
@@ -37,7 +39,8 @@ def long_range_page(document: dict[str, Any], *, picture: Path, page: Path) -> s
         page: Where the page will be, which links to the picture.
     """
     tables = [
-        f"## {task}\n\n{markdown_table(COLUMNS, rows([Cell(**cell) for cell in cells]))}\n"
+        f"## {task}\n\n{_words(task, document['settings'][task])}\n\n"
+        f"{markdown_table(COLUMNS, rows([Cell(**cell) for cell in cells]))}\n"
         for task, cells in document["tasks"].items()
     ]
     return _PAGE.format(
@@ -47,3 +50,17 @@ def long_range_page(document: dict[str, Any], *, picture: Path, page: Path) -> s
         command=document["command"],
         **{name: document["environment"][name] for name in ("device", "torch", "commit", "date")},
     )
+
+
+def _words(task: str, model: Mapping[str, Any]) -> str:
+    """Returns what a task asks, and of which model."""
+    about = (inspect.getdoc(inspect.getmodule(TASKS[task])) or "").splitlines()[0]
+    options = {**(model.get("task_options") or {}), **(model.get("model_options") or {})}
+    begins = "with its trained weights" if model.get("pretrained") else "untrained"
+    lengths, rates = (
+        ", ".join(f"{number:,}" for number in model[name])
+        for name in ("segment_lengths", "dilation_rates")
+    )
+    others = "".join(f", `{name}={value}`" for name, value in options.items())
+    start = f"`{model['model_name']}` begins {begins}"
+    return f"{about}\n\n{start}; segments {lengths}, rates {rates}{others}."

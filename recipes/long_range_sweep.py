@@ -269,6 +269,7 @@ def _write(evaluations: dict[str, list[Cell]], config: SweepConfig) -> None:
         "command": _command(config),
         "seeds": config.seeds,
         "environment": environment(torch.device("cpu")),
+        "settings": {task: _settings(task)["model"] for task in evaluations},
         "tasks": {
             task: [dataclasses.asdict(cell) for cell in cells]
             for task, cells in evaluations.items()

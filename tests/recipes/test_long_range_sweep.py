@@ -97,6 +97,8 @@ def test_a_sweep_compares_at_equal_flops_and_does_nothing_twice(tmp_path, in_pro
     assert page.count("\n## ") == 1
     assert "worst and the best of several runs, of a single one the 95 %\ninterval" in page
     assert "most frequent in training examples" in page
+    assert "## selective_copying\n\nSelective copying (Gu and Dao, arXiv 2312.00752): pick" in page
+    assert "`longnet_lm_tiny` begins untrained; segments 16, 4,096, rates 1, 2, `num_data" in page
     assert page.count("\n| ") == 2 + 2 * 4
     assert f"| dense | {100 * cells[3].mean:.1f} |" in page
     printed = capsys.readouterr().out
