@@ -17,7 +17,7 @@ def make_model(
     task: Task,
     *,
     name: str,
-    pretrained: bool | str = False,
+    pretrained: bool | str,
     options: dict[str, Any],
     attention: Literal["dilated", "dense"],
     segment_lengths: tuple[int, ...] | None,

@@ -54,11 +54,11 @@ def long_range_page(document: dict[str, Any], *, picture: Path, page: Path) -> s
 
 def _words(task: str, model: Mapping[str, Any]) -> str:
     """Returns what a task asks, and of which model."""
-    about = (inspect.getdoc(inspect.getmodule(TASKS[task])) or "").splitlines()[0]
+    about = inspect.getdoc(inspect.getmodule(TASKS[task])).splitlines()[0]
     options = {**(model.get("task_options") or {}), **(model.get("model_options") or {})}
     begins = "with its trained weights" if model.get("pretrained") else "untrained"
     lengths, rates = (
-        ", ".join(f"{number:,}" for number in model[name])
+        ", ".join(f"{number:,}" for number in model[name] or ()) or "those of the model"
         for name in ("segment_lengths", "dilation_rates")
     )
     others = "".join(f", `{name}={value}`" for name, value in options.items())

@@ -75,6 +75,8 @@ class SweepConfig:
         for name in ("seeds", "jobs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if not self.lengths:
+            raise ValueError("lengths must hold one length or more, got ().")
         missing = [task for task in self.tasks if not _config(task).is_file()]
         if missing or not self.tasks:
             known = sorted(path.stem for path in _CONFIGS.glob("*.yaml"))
@@ -262,6 +264,13 @@ def _cell(attention: str, records: Sequence[dict[str, Any]]) -> Cell:
     )
 
 
+def _common_settings(task: str, config: SweepConfig) -> dict[str, Any]:
+    """Returns the model section that all runs of a task had, further arguments included."""
+    run = next(run for run in _runs(config) if run.task == task)
+    written = yaml.safe_load((run.folder(config) / "config.yaml").read_text())["model"]
+    return {name: x for name, x in written.items() if name not in ("seq_len", "attention")}
+
+
 def _write(evaluations: dict[str, list[Cell]], config: SweepConfig) -> None:
     """Writes the figures and their page, draws them and prints the tables."""
     document = {
@@ -269,7 +278,7 @@ def _write(evaluations: dict[str, list[Cell]], config: SweepConfig) -> None:
         "command": _command(config),
         "seeds": config.seeds,
         "environment": environment(torch.device("cpu")),
-        "settings": {task: _settings(task)["model"] for task in evaluations},
+        "settings": {task: _common_settings(task, config) for task in evaluations},
         "tasks": {
             task: [dataclasses.asdict(cell) for cell in cells]
             for task, cells in evaluations.items()

@@ -98,7 +98,10 @@ def test_a_sweep_compares_at_equal_flops_and_does_nothing_twice(tmp_path, in_pro
     assert "worst and the best of several runs, of a single one the 95 %\ninterval" in page
     assert "most frequent in training examples" in page
     assert "## selective_copying\n\nSelective copying (Gu and Dao, arXiv 2312.00752): pick" in page
-    assert "`longnet_lm_tiny` begins untrained; segments 16, 4,096, rates 1, 2, `num_data" in page
+    assert (
+        "`longnet_lm_tiny` begins untrained; segments 16, 4,096, rates 1, 2, `num_data_tokens=8`"
+        in page
+    )
     assert page.count("\n| ") == 2 + 2 * 4
     assert f"| dense | {100 * cells[3].mean:.1f} |" in page
     printed = capsys.readouterr().out
@@ -146,6 +149,11 @@ def test_other_settings_and_unfinished_runs_are_run_again(tmp_path, in_process):
     in_process.clear()
     run_sweep(SweepConfig(**{**vars(config), "arguments": (*ARGUMENTS, "--data.batch_size=3")}))
     assert [command[-1] for command in in_process] == ["--data.batch_size=3"] * 2
+
+
+def test_a_comparison_needs_a_length():
+    with pytest.raises(ValueError, match=r"lengths must hold one length or more, got \(\)"):
+        SweepConfig(lengths=())
 
 
 def test_a_run_that_fails_is_named_after_the_others(tmp_path, in_process, capsys):
