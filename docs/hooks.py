@@ -20,9 +20,9 @@ PICTURES = (".png", ".svg")
 
 def on_files(files: Files, *, config: Any) -> Files:
     """Adds the pictures of the benchmarks as `benchmarks/results/NAME`."""
-    for path in sorted(RESULTS.iterdir()):
+    for path in sorted(RESULTS.rglob("*")):
         if path.suffix in PICTURES:
-            place = f"benchmarks/results/{path.name}"
+            place = f"benchmarks/results/{path.relative_to(RESULTS).as_posix()}"
             files.append(File.generated(config, place, abs_src_path=str(path)))
     return files
 

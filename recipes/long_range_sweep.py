@@ -67,7 +67,7 @@ class SweepConfig:
     seeds: int = 3
     jobs: int = 2
     folder: Path = Path("runs/long_range")
-    output: Path = Path("benchmarks/results/long-range-cpu.json")
+    output: Path = Path("benchmarks/results/long-range/cpu.json")
     page: Path = Path("docs/long-range.md")
     arguments: tuple[str, ...] = ()
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 NAMES = [path.relative_to(DOCS).as_posix() for path in PAGES]
-PICTURES = [*(DOCS / "images").glob("*.png"), *(ROOT / "benchmarks" / "results").glob("*.png")]
+PICTURES = [*(DOCS / "images").glob("*.png"), *(ROOT / "benchmarks" / "results").rglob("*.png")]
 
 
 def read(path):
