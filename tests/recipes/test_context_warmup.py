@@ -13,6 +13,16 @@ def test_context_grows_geometrically_to_the_whole_window():
     assert all(context % 128 == 0 for context in contexts)
 
 
+def test_a_power_grows_late():
+    warmup = ContextWarmup(start=512, steps=1000, power=3)
+    contexts = [warmup.context(step, 32768) for step in range(1001)]
+    assert contexts == sorted(contexts)
+    # Doublings, six of them, by (step / steps) ** 3.
+    assert contexts[500] == 896  # 512 * 2 ** (6 / 8) = 861
+    assert sum(context <= 2048 for context in contexts) == pytest.approx(693, abs=2)
+    assert contexts[-1] == 32768
+
+
 def test_a_window_shorter_than_the_start_stays_whole():
     assert ContextWarmup(start=512, steps=40).context(0, 100) == 100
 
@@ -55,6 +65,12 @@ def test_every_step_reads_the_tokens_it_is_given(step, step_tokens, shape):
 def test_sizes_must_be_positive(name):
     with pytest.raises(ValueError, match=f"{name} must be 1 or more, got {name}=0"):
         ContextWarmup(**{"start": 8, "steps": 8, name: 0})
+
+
+@pytest.mark.parametrize("power", [0, -1.0, float("nan")])
+def test_the_power_must_be_positive(power):
+    with pytest.raises(ValueError, match=f"power must be above 0, got {power}"):
+        ContextWarmup(start=8, steps=8, power=power)
 
 
 def test_packed_documents_are_refused():
