@@ -38,6 +38,7 @@ from longnet_zoo.long_range import (
     draw_accuracy,
     make_cell,
 )
+from longnet_zoo.registry import find_model
 from recipes.long_range_page import long_range_page
 
 __all__ = ["Run", "SweepConfig", "main", "run_sweep"]
@@ -119,10 +120,12 @@ class Run:
 
     def settings(self, config: SweepConfig) -> dict[str, Any]:
         """Returns all that its figures depend on."""
-        return {
-            "config": _settings(self.task),
-            "arguments": list(config.arguments),
-        }
+        settings = _settings(self.task)
+        found: dict[str, Any] = {"config": settings, "arguments": list(config.arguments)}
+        if settings["model"].get("pretrained"):
+            weights = find_model(settings["model"]["model_name"]).weights
+            found["weights"] = [published.sha256 for published in weights]
+        return found
 
     def command(self, config: SweepConfig) -> list[str]:
         """Returns the command line."""

@@ -1,6 +1,7 @@
 """Dilated against dense in many runs: what is finished stays, what failed is named."""
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -8,6 +9,7 @@ import time
 import pytest
 
 from longnet_zoo.long_range import (
+    TRAINING_FILE,
     SelectiveCopying,
     draw_examples,
     flops_per_example,
@@ -15,6 +17,7 @@ from longnet_zoo.long_range import (
     majority,
 )
 from longnet_zoo.long_range.models import Source
+from longnet_zoo.registry import find_model
 from recipes import long_range, long_range_sweep
 from recipes.long_range_sweep import Run, SweepConfig, main, run_sweep
 
@@ -154,6 +157,23 @@ def test_other_settings_and_unfinished_runs_are_run_again(tmp_path, in_process):
 def test_a_comparison_needs_a_length():
     with pytest.raises(ValueError, match=r"lengths must hold one length or more, got \(\)"):
         SweepConfig(lengths=())
+
+
+def test_figures_of_other_weights_are_not_kept(tmp_path, monkeypatch):
+    config = make_config(tmp_path, tasks=("passkey",))
+    runs = [run for run in long_range_sweep._runs(config) if run.seed == 0]
+    for run in runs:
+        folder = run.folder(config)
+        (folder / "model").mkdir(parents=True)
+        (folder / "settings.json").write_text(json.dumps(run.settings(config)))
+        for name in ("metrics.json", f"model/{TRAINING_FILE}"):
+            (folder / name).touch()
+    assert all(run.is_finished(config) for run in runs)
+    entry = find_model("longnet_lm_tiny")
+    weights = tuple(dataclasses.replace(x, sha256="0" * 64) for x in entry.weights)
+    other = dataclasses.replace(entry, weights=weights)
+    monkeypatch.setattr(long_range_sweep, "find_model", lambda name: other)
+    assert not any(run.is_finished(config) for run in runs)
 
 
 def test_a_run_that_fails_is_named_after_the_others(tmp_path, in_process, capsys):
