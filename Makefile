@@ -51,7 +51,7 @@ finetune: $(VENV)/.ready ## Train a small Llama on code, then LoRA adapters of i
 	test -f runs/finetune_base/model/model.safetensors || $(RUN) -m recipes.finetune_lora_quickstart
 	$(RUN) -m recipes.finetune_lora fit --config configs/finetune/quickstart.yaml $(ARGS)
 
-long-range: $(VENV)/.ready ## Compare dilated with dense attention at long-range tasks (1 hour)
+long-range: $(VENV)/.ready ## Compare dilated with dense attention at long-range tasks (2 hours)
 	$(RUN) -m recipes.long_range_sweep $(ARGS)
 
 test: lint ## Run every check: ruff, mypy, all tests

@@ -76,8 +76,8 @@ class SweepConfig:
         for name in ("seeds", "jobs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
-        if not self.lengths:
-            raise ValueError("lengths must hold one length or more, got ().")
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"lengths must be 1 or more, one at least, got {self.lengths}.")
         missing = [task for task in self.tasks if not _config(task).is_file()]
         if missing or not self.tasks:
             known = sorted(path.stem for path in _CONFIGS.glob("*.yaml"))

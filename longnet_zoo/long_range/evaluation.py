@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -168,8 +169,10 @@ def _score_within_memory(model: nn.Module, task: Task, examples: Sequence[Exampl
     # A system that hands out more memory than it has kills the process, so this comes first.
     if needed > available:
         return f"out of memory: {needed:,.0f} MiB needed, {available:,.0f} free"
+    # Where it cannot be told how much is free, as many as usual.
+    fitting = None if math.isinf(available) else max(1, int(available // needed))
     try:
-        return score_model(model, task, examples, batch_size=max(1, int(available // needed)))
+        return score_model(model, task, examples, batch_size=fitting)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
             raise

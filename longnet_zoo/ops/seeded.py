@@ -54,7 +54,7 @@ def _hash_labels(
 ) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     shape = (num_kv_heads, num_rounds, x.shape[3], num_buckets // 2)
-    matrices = torch.randn(shape, generator=generator)
+    matrices = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     # A long column would win more often than its share.
     matrices = torch.nn.functional.normalize(matrices, dim=2).to(x.device)
     labels = _like_labels(x, num_kv_heads, num_buckets, num_rounds, seed)

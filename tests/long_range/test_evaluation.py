@@ -101,6 +101,12 @@ def test_lengths_that_do_not_fit_memory_are_said(monkeypatch):
     assert not large.accuracies
 
 
+def test_memory_that_cannot_be_told_is_no_limit(monkeypatch):
+    monkeypatch.setattr(evaluation, "available_mib", lambda device: float("inf"))
+    (cell,) = evaluate([("a", make_model(0), {})], TASKS[:1], num_examples=1)
+    assert cell.accuracies
+
+
 def test_memory_that_runs_out_on_the_way_is_said_and_bugs_are_raised(monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError(words)

@@ -300,3 +300,16 @@ def test_checks_pass_a_call_that_fits():
     branches = (BlockSparse(block_mask=MASK, block_size=4), TokenSubset(keys=KEPT))
     q = torch.randn(1, 12, 2, 4)
     check_extra_branches(q, branches, bias=None, xpos_scale_base=None, dropout_p=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_branches_do_not_depend_on_the_default_dtype(dtype):
+    q, k, v = torch.randn(3, 1, 40, 2, 8)
+    branches = (HashBuckets(num_buckets=4), BigBirdBlocks(block_size=8))
+    expected = lz.dilated_attention(q, k, v, None, extra_branches=branches)
+    torch.set_default_dtype(dtype)
+    try:
+        found = lz.dilated_attention(q, k, v, None, extra_branches=branches)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)

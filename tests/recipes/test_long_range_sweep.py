@@ -154,9 +154,10 @@ def test_other_settings_and_unfinished_runs_are_run_again(tmp_path, in_process):
     assert [command[-1] for command in in_process] == ["--data.batch_size=3"] * 2
 
 
-def test_a_comparison_needs_a_length():
-    with pytest.raises(ValueError, match=r"lengths must hold one length or more, got \(\)"):
-        SweepConfig(lengths=())
+@pytest.mark.parametrize("lengths", [(), (1024, 0)])
+def test_a_comparison_needs_lengths(lengths):
+    with pytest.raises(ValueError, match=r"lengths must be 1 or more, one at least, got \("):
+        SweepConfig(lengths=lengths)
 
 
 def test_figures_of_other_weights_are_not_kept(tmp_path, monkeypatch):
