@@ -8,7 +8,7 @@ from tests.parallel.torchrun import check_case
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_a_model_over_processes_is_the_model(tmp_path_factory, case, world_size):
     check_case(tmp_path_factory, "tests.parallel.model_cases", world_size, case)

@@ -31,20 +31,20 @@ EVERY_SIZE = (
     "tests.parallel.part_cases",
     "tests.parallel.ring_cases",
     "tests.parallel.dilated_cases",
+    "tests.parallel.model_cases",
     "tests.planner.traffic_cases",
 )
 # Modules that share a launch, by the number of ranks.
 TOGETHER = {
     2: (
         *EVERY_SIZE,
-        "tests.parallel.model_cases",
         "tests.parallel.triton_cases",
         "tests.parallel.compile_cases",
         "tests.parallel.contrastive_cases",
         "tests.parallel.multimodal_cases",
         "tests.planner.memory_cases",
     ),
-    3: (*EVERY_SIZE, "tests.parallel.model_cases"),
+    3: EVERY_SIZE,
     4: (*EVERY_SIZE, "tests.parallel.mesh_cases"),
 }
 

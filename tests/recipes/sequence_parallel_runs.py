@@ -68,8 +68,8 @@ def strategy(sequence_size, **options):
 def text_run(corpus, folder, name, *more, recipe="recipes.text_lm", verb="fit", **changes):
     """Returns a tiny run of a text recipe: its name, recipe and arguments."""
     defaults = {
-        "trainer__max_steps": 10,
-        "trainer__val_check_interval": 5,
+        "trainer__max_steps": 20,
+        "trainer__val_check_interval": 10,
         "trainer__enable_progress_bar": "false",
         "trainer__gradient_clip_val": 1.0,
         "model__model_options__dropout": 0,
