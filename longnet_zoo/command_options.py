@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["add_dtype_argument", "add_option_argument", "read_options"]
+__all__ = ["add_dtype_argument", "add_option_argument", "read_options", "weights_source"]
 
 
 def add_option_argument(command: argparse.ArgumentParser, *, words: str) -> None:
@@ -22,6 +22,20 @@ def add_dtype_argument(command: argparse.ArgumentParser) -> None:
     """Adds `--dtype`, the name of a floating-point type of torch."""
     names = ("float32", "bfloat16", "float16")
     command.add_argument("--dtype", choices=names, default="float32", help="default: float32")
+
+
+def weights_source(text: str) -> str:
+    """Reads `--pretrained`, which is no switch.
+
+    Raises:
+        ArgumentTypeError: If it is True or False, as in Python.
+    """
+    if text.lower() in ("true", "false"):
+        raise argparse.ArgumentTypeError(
+            f"takes a place of weights and is no switch, got {text!r}. Give a tag that "
+            "`longnet-zoo info MODEL` shows, a file or a folder."
+        )
+    return text
 
 
 def read_options(texts: Iterable[str]) -> dict[str, Any]:

@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 
-from longnet_zoo.command_options import add_dtype_argument, add_option_argument, read_options
+from longnet_zoo.command_options import (
+    add_dtype_argument,
+    add_option_argument,
+    read_options,
+    weights_source,
+)
 from longnet_zoo.factory import create_model
 from longnet_zoo.models import ZooModel
 from longnet_zoo.registry import find_model
@@ -28,6 +33,7 @@ def add_export_command(commands: Any) -> None:
     command.add_argument("model", help="name of the model")
     command.add_argument(
         "--pretrained",
+        type=weights_source,
         required=True,
         metavar="SOURCE",
         help="its weights: a tag, a file, a folder, a recipe's checkpoint or hf_hub:owner/name",

@@ -21,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longnet_zoo.bench import environment
 from longnet_zoo.layers import MemorySaving
 from longnet_zoo.long_range import (
     TRAINING_FILE,
     Score,
     Task,
     answer_logits,
+    batch_accuracy,
     draw_examples,
     flops_per_example,
     majority,
@@ -124,6 +126,7 @@ class LongRange(L.LightningModule):
         self.plan = LengthPlan(tasks=self.tasks, steps=(1,) * len(self.tasks))
         self._sums = Score()
         self._losses: list[Tensor] = []
+        self._environment: dict[str, Any] = {}
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Returns what makes a resumed run equal an unbroken one, from Python too."""
@@ -166,10 +169,11 @@ class LongRange(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the mean loss of a batch."""
-        logits, classes = answer_logits(self.model, self._task_of(batch), batch)
+        task = self._task_of(batch)
+        logits, classes = answer_logits(self.model, task, batch)
         loss = F.cross_entropy(logits.float(), classes)
-        is_right = (logits.argmax(-1) == classes).float().mean()
-        self._losses.append(torch.stack([loss.detach(), is_right]))
+        accuracy = batch_accuracy(task, logits, classes, batch["labels"])
+        self._losses.append(torch.stack([loss.detach(), accuracy]))
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -206,6 +210,10 @@ class LongRange(L.LightningModule):
         """Logs `test_loss` and `test_accuracy`."""
         self._log_held_out("test")
 
+    def on_fit_start(self) -> None:
+        """Notes the code and the machine before either can change."""
+        self._environment = environment(self.device)
+
     def on_fit_end(self) -> None:
         """Saves the model with what is known of its training, and asks the test examples."""
         trainer = self.trainer
@@ -225,7 +233,7 @@ class LongRange(L.LightningModule):
         self.model.save_pretrained(folder / "model")
         (folder / "model" / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n")
         test = self._ask_test_examples()
-        update_record(folder, training=training, test=test)
+        update_record(folder, training=training, test=test, environment=self._environment)
         share, low, high = (100 * x for x in (test["right"] / test["asked"], *test["interval"]))
         print(
             f"{self.task.name} at {self.task.seq_len:,} tokens: {share:.1f} % right "

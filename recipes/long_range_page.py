@@ -39,7 +39,7 @@ def long_range_page(document: dict[str, Any], *, picture: Path, page: Path) -> s
         page: Where the page will be, which links to the picture.
     """
     tables = [
-        f"## {task}\n\n{_words(task, document['settings'][task])}\n\n"
+        f"## {task}\n\n{_words(document['settings'][task])}\n\n"
         f"{markdown_table(COLUMNS, rows([Cell(**cell) for cell in cells]))}\n"
         for task, cells in document["tasks"].items()
     ]
@@ -48,13 +48,13 @@ def long_range_page(document: dict[str, Any], *, picture: Path, page: Path) -> s
         picture=Path(os.path.relpath(picture, page.parent)).as_posix(),
         tables="\n".join(tables),
         command=document["command"],
-        **{name: document["environment"][name] for name in ("device", "torch", "commit", "date")},
+        **{name: ", ".join(map(str, values)) for name, values in document["environment"].items()},
     )
 
 
-def _words(task: str, model: Mapping[str, Any]) -> str:
+def _words(model: Mapping[str, Any]) -> str:
     """Returns what a task asks, and of which model."""
-    about = inspect.getdoc(inspect.getmodule(TASKS[task])).splitlines()[0]
+    about = inspect.getdoc(inspect.getmodule(TASKS[model["task"]])).splitlines()[0]
     options = {**(model.get("task_options") or {}), **(model.get("model_options") or {})}
     begins = "with its trained weights" if model.get("pretrained") else "untrained"
     lengths, rates = (

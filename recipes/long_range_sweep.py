@@ -4,21 +4,20 @@ r"""Trains dilated and dense attention on long-range tasks at equal training FLO
     python -m recipes.long_range_sweep --tasks mqar passkey --lengths 1024 --seeds 3 --jobs 2
 
 For each task, length, attention and seed it runs `recipes.long_range` with `configs/long_range/
-TASK.yaml`, in a folder of its own under `--folder`. Batches of every length have as many tokens as
-those of the file, one example at least. A run that is finished is not run again; one that was
-stopped goes on from its last checkpoint. At the end, or at once where all runs are there, it writes
-the figures to `--output`, draws them beside it, writes the tables to `--page` and prints them.
+TASK.yaml`. Batches of every length have as many tokens as those of the file, one example at least,
+unless `--argument` says how many. A run that is finished is not run again; one that was stopped
+goes on from its last checkpoint. Runs of other settings lie in other folders under `--folder`, and
+stay. At the end, or at once where all runs are there, it writes the figures to `--output`, draws
+them beside it, writes the tables to `--page` and prints them.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
+import hashlib
 import itertools
 import json
-import os
 import shlex
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -26,11 +25,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 
-from longnet_zoo.bench import check_output, environment, save_picture, write_json
+from longnet_zoo.bench import check_output, save_picture, write_json
 from longnet_zoo.long_range import (
     TRAINING_FILE,
     Cell,
@@ -40,12 +38,17 @@ from longnet_zoo.long_range import (
 )
 from longnet_zoo.registry import find_model
 from recipes.long_range_page import long_range_page
+from recipes.processes import Processes, stopping_at_sigterm
 
 __all__ = ["Run", "SweepConfig", "main", "run_sweep"]
 
 _CONFIGS = Path("configs/long_range")
 _ATTENTIONS = ("dilated", "dense")
-_LOG, _SETTINGS = "log.txt", "settings.json"
+# What a comparison sets itself, or what would put all runs into one folder.
+_FIXED = (
+    *("model.task", "model.seq_len", "model.attention", "seed_everything", "data.seed"),
+    *("trainer.default_root_dir", "config", "ckpt_path"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,13 +81,32 @@ class SweepConfig:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"lengths must be 1 or more, one at least, got {self.lengths}.")
-        missing = [task for task in self.tasks if not _config(task).is_file()]
-        if missing or not self.tasks:
-            known = sorted(path.stem for path in _CONFIGS.glob("*.yaml"))
+        if self.output.suffix != ".json":
+            raise ValueError(f"output must end in .json, got {self.output}.")
+        self._check_tasks()
+        self._check_arguments()
+
+    def _check_tasks(self) -> None:
+        known = sorted(path.stem for path in _CONFIGS.glob("*.yaml"))
+        if not known:
+            raise ValueError(f"there is no {_CONFIGS} in {Path.cwd()}. Call it in the clone.")
+        if not self.tasks or set(self.tasks) - set(known):
             raise ValueError(
                 f"tasks must have a file in {_CONFIGS}, got {list(self.tasks)}; there are "
                 f"{', '.join(known)}."
             )
+
+    def _check_arguments(self) -> None:
+        for argument in self.arguments:
+            name, sign, _ = argument.partition("=")
+            if not name.startswith("--") or not sign:
+                raise ValueError(f"an argument must be --NAME=VALUE, got {argument!r}.")
+            name = name.removeprefix("--")
+            if any(fixed == name or fixed.startswith(f"{name}.") for fixed in _FIXED):
+                raise ValueError(
+                    f"an argument cannot set {name}, which the comparison sets for each run "
+                    f"itself, got {argument!r}. Use --tasks, --lengths, --seeds or --folder."
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,34 +126,36 @@ class Run:
     seed: int
 
     def folder(self, config: SweepConfig) -> Path:
-        """Returns its folder."""
-        return config.folder / f"{self.task}-{self.seq_len}-{self.attention}-seed{self.seed}"
-
-    def is_begun(self, config: SweepConfig) -> bool:
-        """Returns whether it has run with these settings, if not to its end."""
-        file = self.folder(config) / _SETTINGS
-        return file.is_file() and json.loads(file.read_text()) == self.settings(config)
+        """Returns its folder, which other settings do not share."""
+        text = json.dumps(self.settings(config), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        name = f"{self.seq_len}-{self.attention}-seed{self.seed}"
+        return config.folder / f"{self.task}-{digest}" / name
 
     def is_finished(self, config: SweepConfig) -> bool:
         """Returns whether its figures are there."""
         training = self.folder(config) / "model" / TRAINING_FILE
-        figures = self.folder(config) / "metrics.json"
-        return self.is_begun(config) and training.is_file() and figures.is_file()
+        return training.is_file() and (self.folder(config) / "metrics.json").is_file()
+
+    def record(self, config: SweepConfig) -> dict[str, Any]:
+        """Returns its figures."""
+        return json.loads((self.folder(config) / "metrics.json").read_text())
 
     def settings(self, config: SweepConfig) -> dict[str, Any]:
-        """Returns all that its figures depend on."""
-        settings = _settings(self.task)
-        found: dict[str, Any] = {"config": settings, "arguments": list(config.arguments)}
-        if settings["model"].get("pretrained"):
-            weights = find_model(settings["model"]["model_name"]).weights
-            found["weights"] = [published.sha256 for published in weights]
+        """Returns all that its figures depend on, besides length, attention and seed."""
+        found: dict[str, Any] = {
+            "config": _settings(self.task),
+            "arguments": list(config.arguments),
+        }
+        if _model_setting("pretrained", self.task, config):
+            entry = find_model(_model_setting("model_name", self.task, config))
+            found["weights"] = [published.sha256 for published in entry.weights]
         return found
 
     def command(self, config: SweepConfig) -> list[str]:
         """Returns the command line."""
         folder = self.folder(config)
-        is_saved = (folder / "checkpoints" / "last.ckpt").is_file() and self.is_begun(config)
-        checkpoint = ["--ckpt_path", "last"] if is_saved else []
+        is_saved = (folder / "checkpoints" / "last.ckpt").is_file()
         return [
             *(sys.executable, "-m", "recipes.long_range", "fit"),
             *("--config", str(_config(self.task)), f"--seed_everything={self.seed}"),
@@ -139,7 +163,7 @@ class Run:
             f"--data.batch_size={_batch_size(self.task, self.seq_len)}",
             *(f"--data.seed={self.seed}", f"--trainer.default_root_dir={folder}"),
             *config.arguments,
-            *checkpoint,
+            *(("--ckpt_path", "last") if is_saved else ()),
         ]
 
 
@@ -160,29 +184,16 @@ def run_sweep(config: SweepConfig) -> dict[str, list[Cell]]:
     runs = _runs(config)
     missing = [run for run in runs if not run.is_finished(config)]
     print(f"{len(runs)} runs in {config.folder}, {len(missing)} to do, {config.jobs} at a time")
-    start, failed = time.monotonic(), []
-    with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
-        waiting = {pool.submit(_execute, run, config): run for run in missing}
-        try:
-            for number, done in enumerate(concurrent.futures.as_completed(waiting), 1):
-                run, minutes = waiting[done], (time.monotonic() - start) / 60
-                words = done.result()
-                failed += [] if run.is_finished(config) else [run]
-                left = minutes / number * (len(missing) - number)
-                print(f"{number}/{len(missing)} {run.folder(config).name}: {words}", flush=True)
-                print(f"    {minutes:.1f} minutes so far, about {left:.0f} left", flush=True)
-        except BaseException:
-            # Leaving the pool waits for all that is queued.
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    _run_all(missing, config)
+    failed = [run for run in missing if not run.is_finished(config)]
     if failed:
         raise RuntimeError(
             f"{len(failed)} of {len(runs)} runs failed: see "
-            f"{', '.join(str(run.folder(config) / _LOG) for run in failed)}. Cure it, and run the "
-            "same command again; finished runs stay."
+            f"{', '.join(str(run.folder(config) / 'log.txt') for run in failed)}. Cure it, and run "
+            "the same command again; finished runs stay."
         )
     evaluations = {task: _gather(task, runs, config) for task in config.tasks}
-    _write(evaluations, config)
+    _write(evaluations, [run.record(config)["environment"] for run in runs], config)
     return evaluations
 
 
@@ -212,29 +223,47 @@ def _batch_size(task: str, seq_len: int) -> int:
     return max(1, num_tokens // seq_len)
 
 
-def _execute(run: Run, config: SweepConfig) -> str:
+def _model_setting(name: str, task: str, config: SweepConfig) -> Any:
+    """Returns a setting of the model section, which an argument may have changed."""
+    start = f"--model.{name}="
+    given = [word.removeprefix(start) for word in config.arguments if word.startswith(start)]
+    return yaml.safe_load(given[-1]) if given else _settings(task)["model"].get(name)
+
+
+def _run_all(runs: Sequence[Run], config: SweepConfig) -> None:
+    """Runs trainings, some at a time, and prints what each came to."""
+    for run in runs:
+        folder = run.folder(config).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(run.settings(config), folder / "settings.json")
+    start, processes = time.monotonic(), Processes()
+    with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
+        waiting = {pool.submit(_execute, run, config, processes): run for run in runs}
+        try:
+            for number, done in enumerate(concurrent.futures.as_completed(waiting), 1):
+                name = waiting[done].folder(config).relative_to(config.folder)
+                minutes = (time.monotonic() - start) / 60
+                left = minutes / number * (len(runs) - number)
+                print(f"{number}/{len(runs)} {name}: {done.result()}", flush=True)
+                print(f"    {minutes:.1f} minutes so far, about {left:.0f} left", flush=True)
+        except BaseException:
+            # Leaving the pool waits for all that is queued, and for all that runs.
+            pool.shutdown(wait=False, cancel_futures=True)
+            processes.stop()
+            raise
+
+
+def _execute(run: Run, config: SweepConfig, processes: Processes) -> str:
     """Runs a training in a process of its own, and returns what it came to."""
-    folder = run.folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    command = run.command(config)
-    # Neither figures nor checkpoints of other settings must be taken for those of this run.
-    (folder / "metrics.json").unlink(missing_ok=True)
-    if not run.is_begun(config):
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    (folder / _SETTINGS).write_text(json.dumps(run.settings(config), indent=1) + "\n")
-    _start(command, folder / _LOG)
+    try:
+        processes.run(run.command(config), folder=run.folder(config))
+    except RuntimeError as error:
+        return f"failed, {error}"
     if not run.is_finished(config):
         return "failed"
-    record = json.loads((folder / "metrics.json").read_text())
+    record = run.record(config)
     share = 100 * record["test"]["right"] / record["test"]["asked"]
     return f"{share:.1f} % right after {record['training']['steps']:,} steps"
-
-
-def _start(command: list[str], log: Path) -> None:
-    """Runs a command with one thread to its end, what it prints goes to a file."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with log.open("w") as file:
-        subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env)
 
 
 def _gather(task: str, runs: Sequence[Run], config: SweepConfig) -> list[Cell]:
@@ -242,8 +271,7 @@ def _gather(task: str, runs: Sequence[Run], config: SweepConfig) -> list[Cell]:
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for run in runs:
         if run.task == task:
-            record = json.loads((run.folder(config) / "metrics.json").read_text())
-            groups.setdefault((run.seq_len, run.attention), []).append(record)
+            groups.setdefault((run.seq_len, run.attention), []).append(run.record(config))
     # Stable, so that the order of the kinds of attention stays.
     ordered = sorted(groups.items(), key=lambda item: item[0][0])
     return [_cell(attention, records) for (_, attention), records in ordered]
@@ -269,18 +297,20 @@ def _cell(attention: str, records: Sequence[dict[str, Any]]) -> Cell:
 
 def _common_settings(task: str, config: SweepConfig) -> dict[str, Any]:
     """Returns the model section that all runs of a task had, further arguments included."""
-    run = next(run for run in _runs(config) if run.task == task)
+    run = Run(task=task, seq_len=config.lengths[0], attention=_ATTENTIONS[0], seed=0)
     written = yaml.safe_load((run.folder(config) / "config.yaml").read_text())["model"]
     return {name: x for name, x in written.items() if name not in ("seq_len", "attention")}
 
 
-def _write(evaluations: dict[str, list[Cell]], config: SweepConfig) -> None:
+def _write(
+    evaluations: dict[str, list[Cell]], environments: Sequence[dict[str, Any]], config: SweepConfig
+) -> None:
     """Writes the figures and their page, draws them and prints the tables."""
     document = {
         "benchmark": "long_range_sweep",
         "command": _command(config),
         "seeds": config.seeds,
-        "environment": environment(torch.device("cpu")),
+        "environment": _together(environments),
         "settings": {task: _common_settings(task, config) for task in evaluations},
         "tasks": {
             task: [dataclasses.asdict(cell) for cell in cells]
@@ -296,6 +326,13 @@ def _write(evaluations: dict[str, list[Cell]], config: SweepConfig) -> None:
         print(f"wrote {path}")
     for task, cells in evaluations.items():
         Console().print(accuracy_table(cells, title=task))
+
+
+def _together(environments: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Returns the values that each entry had in some run: a sweep may have taken days."""
+    names = environments[0]
+    values = {name: {json.dumps(found[name]) for found in environments} for name in names}
+    return {name: [json.loads(value) for value in sorted(values[name])] for name in names}
 
 
 def _command(config: SweepConfig) -> str:
@@ -326,10 +363,10 @@ def main(args: Sequence[str] | None = None) -> None:
         "--argument", action="append", default=[], metavar="--NAME=VALUE", dest="arguments"
     )
     options = vars(parser.parse_args(args))
+    given = {name: tuple(x) if isinstance(x, list) else x for name, x in options.items()}
     try:
-        run_sweep(
-            SweepConfig(**{k: tuple(x) if isinstance(x, list) else x for k, x in options.items()})
-        )
+        with stopping_at_sigterm():
+            run_sweep(SweepConfig(**given))
     except (ValueError, RuntimeError) as error:
         parser.exit(2, f"error: {error}\n")
     except KeyboardInterrupt:

@@ -27,6 +27,8 @@ import lightning as L
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from longnet_zoo.bench import write_json
+
 __all__ = [
     "CurveLogger",
     "check_resumed_folder",
@@ -195,7 +197,7 @@ def update_record(run_dir: str | Path, **entries: Any) -> None:
     for name, value in entries.items():
         saved[name] = {**saved.get(name, {}), **value} if isinstance(value, dict) else value
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(saved, indent=2) + "\n")
+    write_json(saved, path)
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:

@@ -43,6 +43,15 @@ def test_weights_are_rounded_on_request(model, tmp_path):
         assert torch.equal(weight, model.state_dict()[name].bfloat16())
 
 
+@pytest.mark.parametrize("word", ["True", "false"])
+def test_a_switch_is_no_source(word, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["export", "longnet_lm_tiny", "--pretrained", word, "--output", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert f"--pretrained: takes a place of weights and is no switch, got '{word}'. Give" in error
+    assert error.count("\n") == 1
+
+
 def test_nothing_is_overwritten(model, tmp_path, capsys):
     flags = ["--pretrained", str(tmp_path / "w.safetensors"), "--output", str(tmp_path)]
     with pytest.raises(SystemExit):

@@ -8,7 +8,15 @@ from .passkey import Passkey
 from .pathfinder import Pathfinder
 from .reading import answer_logits, check_model, flops_per_example, options_for
 from .registry import TASKS, make_task
-from .score import Score, binomial_interval, draw_examples, majority, score_batch, score_model
+from .score import (
+    Score,
+    batch_accuracy,
+    binomial_interval,
+    draw_examples,
+    majority,
+    score_batch,
+    score_model,
+)
 from .selective_copying import SelectiveCopying
 from .table import accuracy_table, draw_accuracy
 from .task import IGNORE_INDEX, Example, Split, Task
@@ -30,6 +38,7 @@ __all__ = [
     "Task",
     "accuracy_table",
     "answer_logits",
+    "batch_accuracy",
     "binomial_interval",
     "check_model",
     "draw_accuracy",

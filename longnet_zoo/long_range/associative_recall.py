@@ -18,9 +18,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from .task import IGNORE_INDEX, Example, Task, check_range
+from .task import IGNORE_INDEX, Example, Task, check_number, check_range
 
 __all__ = ["AssociativeRecall"]
+
+# Half of the queries then lie in the last 7 % of the places; no power of a length overflows.
+_LARGEST_POWER = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class AssociativeRecall(Task):
         seq_len: Tokens of an example, even, at least four for each pair.
         vocab_size: Number of token ids; 0 is no key.
         num_pairs: Pairs of key and value, so many are also looked up; None: one for 16 tokens.
-        power: The exponent a of the gaps, above 0; 1 spreads the queries evenly.
+        power: The exponent a of the gaps, above 0, at most 10; 1 spreads the queries evenly.
     """
 
     seq_len: int = 1024
@@ -42,15 +45,19 @@ class AssociativeRecall(Task):
     name: ClassVar[str] = "mqar"
 
     def __post_init__(self) -> None:
+        least, cure = 16, "A shorter one needs num_pairs."
         if self.num_pairs is not None:
             check_range("num_pairs", self.num_pairs, least=1)
-        least = 16 if self.num_pairs is None else 4 * self.num_pairs
-        check_range("seq_len", self.seq_len, least=least, cure="Use fewer num_pairs.")
+            least, cure = 4 * self.num_pairs, "Use fewer num_pairs."
+        check_range("seq_len", self.seq_len, least=least, cure=cure)
         check_range("vocab_size", self.vocab_size, least=2 * (self.num_labels + 1))
         if self.seq_len % 2:
             raise ValueError(f"seq_len must be even for mqar, got {self.seq_len}.")
-        if not self.power > 0:
-            raise ValueError(f"power must be above 0, got {self.power}.")
+        check_number("power", self.power)
+        if not 0 < self.power <= _LARGEST_POWER:
+            raise ValueError(
+                f"power must be above 0 and at most {_LARGEST_POWER}, got {self.power}."
+            )
 
     @property
     def num_labels(self) -> int:

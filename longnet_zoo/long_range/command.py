@@ -63,6 +63,8 @@ def add_evaluate_command(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from rich.markup import escape
+
     tasks = _tasks(options)
     _check_output(options)
     device = choose_device(options.device)
@@ -79,10 +81,10 @@ def _run(options: argparse.Namespace) -> None:
             tasks,
             num_examples=options.examples,
             seeds=options.seeds,
-            on_score=lambda label, n: progress.update(bar, advance=1, description=f"{label} {n:,}"),
+            on_start=lambda words, n: progress.update(bar, description=escape(f"{words} {n:,}")),
+            on_score=lambda label, n: progress.advance(bar),
         ):
             cells.append(cell)
-    _print(cells, title=tasks[0].name)
     if options.output is not None:
         document = {
             "benchmark": "evaluate",
@@ -92,6 +94,8 @@ def _run(options: argparse.Namespace) -> None:
             "cells": [asdict(cell) for cell in cells],
         }
         write_json(document, options.output)
+    _print(cells, title=tasks[0].name)
+    if options.output is not None:
         paths = [options.output, *_draw(options, cells, tasks[0].name)]
         sys.stdout.writelines(f"wrote {path}\n" for path in paths)
 

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from longnet_zoo.bench import available_mib
+from longnet_zoo.models import ModelConfig
+from longnet_zoo.weights.keys import as_arguments
 
 from .reading import check_model, flops_per_example
 from .score import Score, draw_examples, majority, score_model
@@ -82,17 +84,23 @@ def make_cell(
         **facts: Other fields of `Cell`.
     """
     low, high = interval if len(accuracies) == 1 else (min(accuracies), max(accuracies))
-    budgets = [known["train_flops"] for known in trainings if "train_flops" in known]
-    lengths = {known["seq_len"] for known in trainings if "seq_len" in known}
     return Cell(
         label=label,
         accuracies=tuple(accuracies),
         low=low,
         high=high,
-        train_flops=fmean(budgets) if budgets else None,
-        train_seq_lens=tuple(sorted(lengths)),
+        **_training_facts(trainings),
         **facts,
     )
+
+
+def _training_facts(trainings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    budgets = [known["train_flops"] for known in trainings if "train_flops" in known]
+    lengths = {known["seq_len"] for known in trainings if "seq_len" in known}
+    return {
+        "train_flops": fmean(budgets) if budgets else None,
+        "train_seq_lens": tuple(sorted(lengths)),
+    }
 
 
 def evaluate(
@@ -101,6 +109,7 @@ def evaluate(
     *,
     num_examples: int = 200,
     seeds: int = 1,
+    on_start: Callable[[str, int], object] = lambda words, seq_len: None,
     on_score: Callable[[str, int], object] = lambda label, seq_len: None,
 ) -> Iterator[Cell]:
     """Evaluates models at each length, all on the same test examples.
@@ -111,13 +120,15 @@ def evaluate(
         tasks: The task at each length.
         num_examples: Examples of each seed.
         seeds: Seeds of examples; each brings others.
+        on_start: Called with what begins, a label or "drawing examples", and the length.
         on_score: Called with label and length after each model.
 
     Yields:
         A cell for each length and label, lengths first; where memory does not suffice, it says so.
 
     Raises:
-        ValueError: A model cannot do a task, or a number is below 1.
+        ValueError: A model cannot do a task, runs of a label are of different models, or a number
+            is below 1.
     """
     for name, value in (("num_examples", num_examples), ("seeds", seeds)):
         if value < 1:
@@ -125,7 +136,9 @@ def evaluate(
     for label, model, _ in models:
         for task in tasks:
             check_model(model, task, name=label)
+    _check_runs(models)
     for task in tasks:
+        on_start("drawing examples", task.seq_len)
         examples = [
             x for seed in range(seeds) for x in draw_examples(task, num_examples, seed=seed)
         ]
@@ -138,8 +151,25 @@ def evaluate(
         for label in dict.fromkeys(label for label, _, _ in models):
             runs = [(model, known) for name, model, known in models if name == label]
             flops = flops_per_example(runs[0][0], task)
+            on_start(label, task.seq_len)
             yield _evaluate_label(label, task, runs, examples, {**facts, "flops": flops})
             on_score(label, task.seq_len)
+
+
+def _check_runs(models: Sequence[tuple[str, nn.Module, dict[str, Any]]]) -> None:
+    """Refuses different models under one label, of which a mean says nothing."""
+    firsts: dict[str, dict[str, Any]] = {}
+    for label, model, _ in models:
+        assert isinstance(model.config, ModelConfig)
+        found = {"model": type(model).__name__, **model.config.options()}
+        first = firsts.setdefault(label, found)
+        names = [name for name in found if name not in first or first[name] != found[name]]
+        if names:
+            was, now = (as_arguments({x: own.get(x) for x in names[:3]}) for own in (first, found))
+            raise ValueError(
+                f"runs of a label must be of the same model, got {label!r} with {was} and with "
+                f"{now}. Give them labels of their own."
+            )
 
 
 def _evaluate_label(
@@ -150,13 +180,13 @@ def _evaluate_label(
     facts: dict[str, Any],
 ) -> Cell:
     scores: list[Score] = []
+    trainings = [known for _, known in runs]
     for model, _ in runs:
         score = _score_within_memory(model, task, examples)
         if isinstance(score, str):
-            return Cell(label=label, reason=score, **facts)
+            return Cell(label=label, reason=score, **_training_facts(trainings), **facts)
         scores.append(score)
     accuracies = [score.accuracy(task) for score in scores]
-    trainings = [known for _, known in runs]
     return make_cell(label, accuracies, scores[0].interval(task), trainings=trainings, **facts)
 
 

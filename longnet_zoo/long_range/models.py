@@ -17,6 +17,8 @@ from longnet_zoo.models import ZooModel
 from longnet_zoo.registry import find_model
 from longnet_zoo.weights.checkpoint import read_checkpoint
 
+from .table import GUESSES
+
 __all__ = ["TRAINING_FILE", "Source", "find_sources", "load_source"]
 
 # Beside the weights of a run: what it was trained on, and how much.
@@ -44,7 +46,7 @@ def find_sources(words: list[str]) -> list[Source]:
         words: As they are typed.
 
     Raises:
-        ValueError: There is nothing at a place.
+        ValueError: There is nothing at a place, or a label is the name of a guess.
     """
     sources = []
     for word in words:
@@ -53,6 +55,11 @@ def find_sources(words: list[str]) -> list[Source]:
             label = place = word
         if not label or not place:
             raise ValueError(f"--models takes LABEL=SOURCE or SOURCE, got {word!r}.")
+        if label in GUESSES:
+            raise ValueError(
+                f"--models needs other labels than {' and '.join(GUESSES)}, which every table has, "
+                f"got {word!r}. Give another LABEL=."
+            )
         is_name = place in list_models()
         places = [place] if is_name else sorted(glob.glob(str(Path(place).expanduser())))
         if not places:
@@ -93,13 +100,34 @@ def load_source(source: Source) -> tuple[nn.Module, Mapping[str, Any]]:
                 "model. Save it by save_pretrained, and give that folder."
             )
         return create_model(name, pretrained=path).eval(), {}
+    return _load_folder(path)
+
+
+def _load_folder(path: Path) -> tuple[nn.Module, Mapping[str, Any]]:
     config, training = path / _CONFIG_FILE, path / TRAINING_FILE
-    content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    model_class = getattr(zoo, str(content.get("model")), None)
+    if not config.is_file():
+        raise ValueError(
+            f"--models takes folders that save_pretrained wrote, got {str(path)!r}, which has no "
+            f"{_CONFIG_FILE}. Of a run of recipes.long_range give its folder `model`."
+        )
+    model_class = getattr(zoo, str(_read_object(config).get("model")), None)
     if not (isinstance(model_class, type) and issubclass(model_class, ZooModel)):
         raise ValueError(
-            f"--models takes folders that save_pretrained wrote, got {source.place!r}, whose "
+            f"--models takes folders that save_pretrained wrote, got {str(path)!r}, whose "
             f"{_CONFIG_FILE} names no model of the zoo."
         )
-    known = json.loads(training.read_text(encoding="utf-8")) if training.is_file() else {}
+    known = _read_object(training) if training.is_file() else {}
     return model_class.from_pretrained(path).eval(), known
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{file} must hold a JSON object, got: {error}. Write it again."
+        ) from error
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise ValueError(f"{file} must hold a JSON object, got a {kind}. Write it again.")
+    return content

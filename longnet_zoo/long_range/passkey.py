@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .task import IGNORE_INDEX, Example, Task, check_range
+from .task import IGNORE_INDEX, Example, Task, check_number, check_range
 
 __all__ = ["Passkey"]
 
@@ -53,8 +53,10 @@ class Passkey(Task):
 
     def __post_init__(self) -> None:
         check_range("seq_len", self.seq_len, least=_SHORTEST, cure="The question needs the room.")
-        if self.depth is not None and not 0 <= self.depth <= 1:
-            raise ValueError(f"depth must be None or in [0, 1], got {self.depth}.")
+        if self.depth is not None:
+            check_number("depth", self.depth)
+            if not 0 <= self.depth <= 1:
+                raise ValueError(f"depth must be None or in [0, 1], got {self.depth}.")
 
     @property
     def vocab_size(self) -> int:

@@ -122,7 +122,7 @@ class Pathfinder(Task):
 
     def __post_init__(self) -> None:
         lengths = [side**2 for side in _SIZES]
-        if self.seq_len not in lengths:
+        if type(self.seq_len) is not int or self.seq_len not in lengths:
             raise ValueError(
                 f"seq_len must be the pixels of a square image, one of {lengths}, got "
                 f"{self.seq_len!r}."

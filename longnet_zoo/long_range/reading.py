@@ -10,6 +10,7 @@ Shape legend: b batch, n seq_len, a answers in the batch, v classes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -57,9 +58,11 @@ def check_model(model: nn.Module, task: Task, *, name: str) -> None:
     if isinstance(model, TextModel):
         known = min(model.config.vocab_size or 0, model.config.head_size)
         if known < task.vocab_size:
+            is_option = any(field.name == "vocab_size" for field in fields(task))
+            cure = f"Pass --option vocab_size={known}, train" if is_option and known else "Train"
             raise ValueError(
                 f"{task.name} needs a model of at least {task.vocab_size} token ids, got {name} "
-                f"with {known}. Train one with recipes.long_range, or choose another task."
+                f"with {known}. {cure} one with recipes.long_range, or choose another task."
             )
     elif not (isinstance(model, LongViT) and isinstance(task, Pathfinder)):
         raise ValueError(

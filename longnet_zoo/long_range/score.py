@@ -14,7 +14,15 @@ from torch.nn import functional
 from .reading import answer_logits
 from .task import IGNORE_INDEX, Example, Task, stack_examples
 
-__all__ = ["Score", "binomial_interval", "draw_examples", "majority", "score_batch", "score_model"]
+__all__ = [
+    "Score",
+    "batch_accuracy",
+    "binomial_interval",
+    "draw_examples",
+    "majority",
+    "score_batch",
+    "score_model",
+]
 
 # Two standard deviations, to be exact: 95 % of a normal distribution.
 _Z = 1.959964
@@ -132,18 +140,38 @@ def score_batch(model: nn.Module, task: Task, batch: Mapping[str, Tensor]) -> Sc
         batch: `tokens` and `labels`, (b, n), on the model's device.
     """
     logits, classes = answer_logits(model, task, batch)
-    is_right = logits.argmax(-1) == classes
-    is_asked = batch["labels"] != IGNORE_INDEX
-    right = torch.zeros_like(is_asked).masked_scatter(is_asked, is_right).sum(1)
-    asked = is_asked.sum(1)
+    right, asked = _count(logits, classes, batch["labels"])
     return Score(
         num_examples=int((asked > 0).sum()),
         num_right_examples=int(((asked > 0) & (right == asked)).sum()),
         num_labels=len(classes),
-        num_right_labels=int(is_right.sum()),
+        num_right_labels=int(right.sum()),
         right_squares=int((right**2).sum()),
         nats=float(functional.cross_entropy(logits.float(), classes, reduction="sum")),
     )
+
+
+def batch_accuracy(task: Task, logits: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
+    """Returns the share of right answers in a batch, on its device; whole ones as the task says.
+
+    Args:
+        task: The task.
+        logits: (answers, classes), as `answer_logits` returns them.
+        classes: (answers,), likewise.
+        labels: (b, n).
+    """
+    right, asked = _count(logits, classes, labels)
+    if task.scores_whole:
+        return ((asked > 0) & (right == asked)).sum() / (asked > 0).sum()
+    return right.sum() / asked.sum()
+
+
+def _count(logits: Tensor, classes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns how many answers of each row are right, and how many were asked; (b,) each."""
+    is_asked = labels != IGNORE_INDEX
+    is_right = logits.argmax(-1) == classes
+    right = torch.zeros_like(is_asked).masked_scatter(is_asked, is_right)
+    return right.sum(1), is_asked.sum(1)
 
 
 def majority(task: Task, examples: Sequence[Example], *, seed: int = 0) -> float:

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-__all__ = ["COLUMNS", "accuracy_table", "draw_accuracy", "rows"]
+__all__ = ["COLUMNS", "GUESSES", "accuracy_table", "draw_accuracy", "rows"]
 
 COLUMNS = ("tokens", "model", "accuracy", "spread", "runs", "FLOPs", "training")
-_CHANCE, _CONSTANT = "chance", "constant"
+# Names of rows and lines that are no labels.
+GUESSES = _CHANCE, _CONSTANT = "chance", "constant"
 _GREY = "#6b7280"
 
 
@@ -64,6 +65,7 @@ def accuracy_table(cells: Sequence[Cell], *, title: str) -> Table:
     """
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     caption = (
         f"accuracy in %, {cells[0].num_examples} examples a length; spread: worst and best of "
@@ -82,9 +84,16 @@ def accuracy_table(cells: Sequence[Cell], *, title: str) -> Table:
     )
     for column in COLUMNS:
         is_text = column in ("model", "spread")
-        table.add_column(column, justify="left" if is_text else "right", no_wrap=column != "spread")
+        # A label may be a path, which has no spaces to break at.
+        table.add_column(
+            column,
+            justify="left" if is_text else "right",
+            no_wrap=not is_text,
+            overflow="fold" if column == "model" else "ellipsis",
+        )
     for row in rows(cells):
-        table.add_row(*row, style="dim" if row[1] in (_CHANCE, _CONSTANT) else None)
+        # A label may have brackets, which rich would read as markup.
+        table.add_row(*map(Text, row), style="dim" if row[1] in GUESSES else None)
     return table
 
 
@@ -118,16 +127,24 @@ def _lines(cells: Sequence[Cell]) -> dict[str, list[tuple[float, float]]]:
     lines: dict[str, list[tuple[float, float]]] = {}
     for cell in cells:
         if cell.accuracies:
-            lines.setdefault(cell.label, []).append((cell.seq_len, 100 * cell.mean))
-    lines[_CHANCE] = sorted({(float(cell.seq_len), 100 * cell.chance) for cell in cells})
+            lines.setdefault(_line_name(cell.label), []).append((cell.seq_len, 100 * cell.mean))
+    for name, field in ((_CHANCE, "chance"), (_CONSTANT, "majority")):
+        lines[name] = sorted({(float(x.seq_len), 100 * getattr(x, field)) for x in cells})
     return lines
 
 
+def _line_name(label: str) -> str:
+    """Returns a label as matplotlib shows it, which hides `_x` and reads `$x$` as mathematics."""
+    name = label.replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
+
+
 def _finish(axes: Axes, cells: Sequence[Cell]) -> None:
-    """Adds the spread, and makes the line of chance a background."""
+    """Adds the spread, and makes the lines of guesses a background."""
+    styles = {_CHANCE: ":", _CONSTANT: "--"}
     for line in axes.get_lines():
-        if line.get_label() == _CHANCE:
-            line.set(color=_GREY, linestyle=":", marker="")
+        if line.get_label() in styles:
+            line.set(color=_GREY, linestyle=styles[str(line.get_label())], marker="")
     colors = {str(line.get_label()): line.get_color() for line in axes.get_lines()}
     for cell in cells:
         if cell.accuracies:
@@ -136,7 +153,7 @@ def _finish(axes: Axes, cells: Sequence[Cell]) -> None:
                 cell.seq_len,
                 100 * cell.mean,
                 yerr=[[max(0.0, end)] for end in ends],
-                color=colors[cell.label],
+                color=colors[_line_name(cell.label)],
                 capsize=3,
             )
     axes.set_ylim(0, 105)

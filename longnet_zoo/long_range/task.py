@@ -22,7 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORE_INDEX", "Example", "Split", "Task", "check_range", "stack_examples"]
+__all__ = [
+    "IGNORE_INDEX",
+    "Example",
+    "Split",
+    "Task",
+    "check_number",
+    "check_range",
+    "stack_examples",
+]
 
 IGNORE_INDEX = -100
 
@@ -140,6 +148,12 @@ def check_range(name: str, value: object, *, least: int, cure: str = "") -> None
         raise TypeError(f"{name} must be an integer, got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be {least} or more, got {value}. {cure}".rstrip())
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuses what is no number, with a TypeError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
 
 
 def _split_of(tokens: np.ndarray) -> str:

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longnet_zoo.bench import choose_device
-from longnet_zoo.command_options import add_dtype_argument, add_option_argument, read_options
+from longnet_zoo.command_options import (
+    add_dtype_argument,
+    add_option_argument,
+    read_options,
+    weights_source,
+)
 from longnet_zoo.factory import create_model
 from longnet_zoo.models.generation import check_seed
 from longnet_zoo.models.text_decoder import LongNetLM
@@ -73,6 +78,7 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", default="longnet_lm_tiny", help="default: longnet_lm_tiny")
     command.add_argument(
         "--pretrained",
+        type=weights_source,
         metavar="SOURCE",
         help="its weights: a tag, a file, a folder, a recipe's checkpoint, hf_hub:owner/name, or "
         f"{_RANDOM} (default: those that come with the package, if there are any for the model)",

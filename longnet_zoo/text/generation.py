@@ -111,7 +111,8 @@ def printable(text: str) -> str:
 
 def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Turns texts into token ids; what follows the end of a document begins another."""
-    encoded = tokenizer.encode_batch([text.encode() for text in texts])
+    # Bytes of a command line that are no UTF-8 have become surrogates.
+    encoded = tokenizer.encode_batch([text.encode(errors="surrogateescape") for text in texts])
     return [ids.tolist() or [tokenizer.eod_id] for ids in encoded]
 
 

@@ -1,11 +1,13 @@
 """Runs taken together, tables, pictures, and the command that makes them."""
 
 import dataclasses
+import io
 import json
 
 import matplotlib.image
 import pytest
 import torch
+from rich.console import Console
 
 import longnet_zoo as lz
 from longnet_zoo.cli import main
@@ -15,6 +17,7 @@ from longnet_zoo.long_range import (
     SelectiveCopying,
     Source,
     accuracy_table,
+    command,
     draw_accuracy,
     draw_examples,
     evaluate,
@@ -50,10 +53,21 @@ def test_runs_of_a_label_are_one_cell_and_lengths_come_first():
         ("b", make_model(1), {}),
         ("a", make_model(2), {"train_flops": 3e6, "seq_len": 20}),
     ]
-    seen = []
+    seen, begun = [], []
     cells = list(
-        evaluate(models, TASKS, num_examples=9, seeds=2, on_score=lambda *x: seen.append(x))
+        evaluate(
+            models,
+            TASKS,
+            num_examples=9,
+            seeds=2,
+            on_start=lambda *x: begun.append(x),
+            on_score=lambda *x: seen.append(x),
+        )
     )
+    assert begun == [
+        *(("drawing examples", 20), *seen[:2]),
+        *(("drawing examples", 40), *seen[2:]),
+    ]
     assert [(cell.label, cell.seq_len) for cell in cells] == seen
     assert seen == [("a", 20), ("b", 20), ("a", 40), ("b", 40)]
     examples = [*draw_examples(TASKS[1], 9, seed=0), *draw_examples(TASKS[1], 9, seed=1)]
@@ -99,6 +113,24 @@ def test_lengths_that_do_not_fit_memory_are_said(monkeypatch):
     small, large = evaluate([("a", make_model(0), {})], TASKS, num_examples=1)
     assert small.accuracies
     assert not large.accuracies
+
+
+def test_what_the_training_took_is_known_without_an_accuracy(monkeypatch):
+    monkeypatch.setattr(evaluation, "available_mib", lambda device: 0)
+    known = {"train_flops": 2e6, "seq_len": 20}
+    (cell,) = evaluate([("a", make_model(0), known)], TASKS[:1], num_examples=1)
+    assert (cell.accuracies, cell.train_flops, cell.train_seq_lens) == ((), 2e6, (20,))
+    assert rows([cell])[-1][-1] == "2.00e+06"
+
+
+def test_different_models_under_one_label_are_refused():
+    other = lz.create_model("longnet_lm_tiny", **{**OPTIONS, "embed_dim": 24}).eval()
+    words = "got 'a' with embed_dim=16 and with embed_dim=24. Give them labels of their own"
+    with pytest.raises(ValueError, match=words):
+        list(evaluate([("a", make_model(0), {}), ("a", other, {})], TASKS))
+    masked = lz.create_model("longnet_mlm_tiny", **OPTIONS).eval()
+    with pytest.raises(ValueError, match=r"with model='LongNetLM'.* and with model='LongNetMLM'"):
+        list(evaluate([("a", make_model(0), {}), ("a", masked, {})], TASKS))
 
 
 def test_memory_that_cannot_be_told_is_no_limit(monkeypatch):
@@ -158,6 +190,27 @@ def test_caption_is_true_of_tables_with_single_and_with_several_runs():
         assert "worst and best of several runs, of a single one the 95 % interval" in caption
 
 
+def shown(cells):
+    console = Console(width=80, file=io.StringIO())
+    console.print(accuracy_table(cells, title="mqar"))
+    return console.file.getvalue()
+
+
+def test_a_long_label_folds_and_leaves_the_figures_whole():
+    label = "/runs" + "/model" * 30
+    text = shown([dataclasses.replace(cell, label=label) for cell in cells()])
+    assert max(map(len, text.splitlines())) == 80
+    for words in ("1,024", "62.5", "50.0 - 75.0", "1.23e+04", "out of memory", "2.00e+12"):
+        assert words in text
+    assert text.count("/model") > 40
+
+
+def test_labels_are_no_markup():
+    text = shown([dataclasses.replace(cells()[0], label=label) for label in ("[/b]x", "[red]")])
+    assert "[/b]x" in text
+    assert "[red]" in text
+
+
 def test_a_rare_chance_is_not_shown_as_never():
     rare = Cell(
         label="a", seq_len=8, accuracies=(0.0,), chance=2e-5, majority=0.0, num_examples=1, flops=1
@@ -165,17 +218,30 @@ def test_a_rare_chance_is_not_shown_as_never():
     assert [row[2] for row in rows([rare])] == ["0.002", "0.0", "0.0"]
 
 
-def test_picture_has_a_panel_a_task_with_lines_spread_and_chance():
+def test_picture_has_a_panel_a_task_with_lines_spread_and_guesses():
     figure = draw_accuracy({"mqar": cells(), "passkey": cells()[:1]}, title="t", facts="f")
     first, second = figure.axes
     names = [text.get_text() for text in first.get_legend().get_texts()]
-    assert names == ["dilated", "dense", "chance"]
+    assert names == ["dilated", "dense", "chance", "constant"]
     lines = {line.get_label(): line for line in first.get_lines()}
     assert lines["dilated"].get_xydata().tolist() == [[1024, 62.5]]
     assert lines["chance"].get_linestyle() == ":"
+    assert lines["constant"].get_linestyle() == "--"
     ends = {tuple(bar.get_segments()[0][:, 1]) for bar in first.collections}
     assert ends == {(50.0, 75.0), (100.0, 100.0)}
     assert second.get_title(loc="left") == "passkey: accuracy in %"
+
+
+def test_picture_shows_labels_that_matplotlib_would_hide_or_read(tmp_path):
+    labels = ["_seed", "$x", "$\\no$"]
+    figure = draw_accuracy(
+        {"mqar": [dataclasses.replace(cells()[0], label=label) for label in labels]},
+        title="t",
+        facts="f",
+    )
+    figure.savefig(tmp_path / "a.png")
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert names == [" _seed", r"\$x", r"\$\no\$", "chance", "constant"]
 
 
 def test_sources_are_names_folders_and_patterns(tmp_path):
@@ -193,7 +259,12 @@ def test_sources_are_names_folders_and_patterns(tmp_path):
 
 @pytest.mark.parametrize(
     ("word", "words"),
-    [("a=nowhere", "found nothing at 'nowhere'"), ("=x", "LABEL=SOURCE or SOURCE, got '=x'")],
+    [
+        ("a=nowhere", "found nothing at 'nowhere'"),
+        ("=x", "LABEL=SOURCE or SOURCE, got '=x'"),
+        ("chance=longnet_lm_tiny", "other labels than chance and constant.*got 'chance=longnet"),
+        ("constant", "other labels than chance and constant.*got 'constant'. Give another LABEL="),
+    ],
 )
 def test_sources_that_are_nowhere_are_refused(word, words):
     with pytest.raises(ValueError, match=words):
@@ -203,8 +274,17 @@ def test_sources_that_are_nowhere_are_refused(word, words):
 def test_places_that_hold_no_model_are_refused(tmp_path):
     with pytest.raises(ValueError, match="longnet_lm_base has no published weights"):
         load_source(Source(label="a", place="longnet_lm_base"))
-    with pytest.raises(ValueError, match=r"folders that save_pretrained wrote.* names no model"):
-        load_source(Source(label="a", place=str(tmp_path)))
+    place = Source(label="a", place=str(tmp_path))
+    with pytest.raises(ValueError, match=r"which has no config.json. Of a run .* folder `model`"):
+        load_source(place)
+    for content, words in (
+        ("{}", r"folders that save_pretrained wrote.* names no model"),
+        ("[1]", r"config.json must hold a JSON object, got a list"),
+        ("{", r"config.json must hold a JSON object, got: Expecting property name"),
+    ):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=words):
+            load_source(place)
     torch.save(make_model(0).state_dict(), tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"checkpoints of recipes, got '.*a.pt'"):
         load_source(Source(label="a", place=str(tmp_path / "a.pt")))
@@ -235,12 +315,40 @@ def test_command_prints_writes_and_draws(tmp_path, capsys):
     assert (tmp_path / "found.svg").read_text().count("<path") > 10
 
 
+def test_figures_are_written_before_they_are_printed(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise KeyError("printing")
+
+    monkeypatch.setattr(command, "_print", fail)
+    folder, output = save_run(tmp_path / "model", 0), tmp_path / "found.json"
+    task = ["--task", "selective_copying", "--lengths", "40", "--examples", "2"]
+    with pytest.raises(KeyError, match="printing"):
+        main(["evaluate", *task, "--models", f"[/b]={folder}", "--output", str(output)])
+    assert json.loads(output.read_text())["cells"][0]["label"] == "[/b]"
+
+
+def test_labels_are_no_markup_of_the_progress_bar(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    folder = save_run(tmp_path / "model", 0)
+    task = ["--task", "selective_copying", "--lengths", "40", "--examples", "2"]
+    assert main(["evaluate", *task, "--models", f"[/b]x={folder}"]) == 0
+    captured = capsys.readouterr()
+    assert "[/b]x" in captured.out
+    assert "[/b]x 40" in captured.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--task", "copying"], "task must be one of mqar"),
         (["--option", "seq_len=9"], "give --lengths"),
         (["--option", "size=9"], "has no options size"),
+        (["--task", "passkey", "--option", "depth=abc"], "depth must be a number, got 'abc'"),
+        (
+            ["--task", "mqar", "--option", "num_pairs=abc"],
+            "num_pairs must be an integer, got 'abc'",
+        ),
+        (["--task", "mqar"], "got a with 16. Pass --option vocab_size=16, train one with recipes"),
         (["--picture"], "got no --output"),
         (["--output", "a.txt"], "--output must end in .json, got a.txt"),
         (["--task", "passkey"], "passkey needs a model of at least 259 token ids, got a with 16"),

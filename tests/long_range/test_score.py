@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 import longnet_zoo as lz
 from longnet_zoo.long_range import (
@@ -16,6 +17,7 @@ from longnet_zoo.long_range import (
     Score,
     SelectiveCopying,
     answer_logits,
+    batch_accuracy,
     binomial_interval,
     draw_examples,
     majority,
@@ -65,6 +67,25 @@ def test_rows_without_labels_do_not_count():
     score = score_batch(model, task, batch)
     assert (score.num_examples, score.num_labels) == (2, 4)
     assert Score() + score == score
+
+
+@pytest.mark.parametrize("task", [SelectiveCopying(seq_len=20, num_data_tokens=2), Passkey()])
+def test_a_training_batch_is_counted_as_the_task_counts(task):
+    batch = task.batch(range(6), split="train")
+    batch["labels"][2] = IGNORE_INDEX
+    classes = batch["labels"][batch["labels"] != IGNORE_INDEX]
+    # Every other answer is right, in the last rows all of them.
+    is_right = torch.arange(len(classes)) % 2 == 0
+    is_right[len(classes) // 2 :] = True
+    logits = functional.one_hot(torch.where(is_right, classes, classes - 1), 259)
+    accuracy = batch_accuracy(task, logits, classes, batch["labels"])
+    if task.scores_whole:
+        rows = is_right.split((batch["labels"] != IGNORE_INDEX).sum(1).tolist())
+        shares = [bool(row.all()) for row in rows if len(row)]
+        assert 0 < sum(shares) < 5
+        assert float(accuracy) == pytest.approx(sum(shares) / 5)
+    else:
+        assert float(accuracy) == pytest.approx(float(is_right.float().mean()))
 
 
 def test_scores_add_up():

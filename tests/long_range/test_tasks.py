@@ -148,6 +148,12 @@ def test_mqar_queries_lie_at_gaps_of_the_power_law():
     assert expected[0] > 0.15 > 4 * shares[10:].mean()
 
 
+def test_mqar_can_be_drawn_at_the_largest_power():
+    task = AssociativeRecall(seq_len=65536, vocab_size=9000, power=10)
+    places = np.flatnonzero(task.example(0, split="train").labels != IGNORE_INDEX)
+    assert len(places) == task.num_labels
+
+
 def test_mqar_has_a_pair_for_sixteen_tokens_unless_told_otherwise():
     task = AssociativeRecall(seq_len=256)
     assert (task.num_labels, task.chance) == (16, 1 / 16)
@@ -321,11 +327,21 @@ def test_pathfinder_answers_are_even_and_images_are_the_pixels():
             ValueError,
             "seq_len must be even for mqar, got 65",
         ),
-        (lambda: AssociativeRecall(power=0), ValueError, "power must be above 0, got 0"),
+        (
+            lambda: AssociativeRecall(seq_len=8),
+            ValueError,
+            "seq_len must be 16 or more, got 8. A shorter one needs num_pairs",
+        ),
+        (lambda: AssociativeRecall(power=0), ValueError, "above 0 and at most 10, got 0"),
+        (lambda: AssociativeRecall(power=1000), ValueError, "above 0 and at most 10, got 1000"),
+        (lambda: AssociativeRecall(power="abc"), TypeError, "power must be a number, got 'abc'"),
+        (lambda: AssociativeRecall(power=True), TypeError, "power must be a number, got True"),
         (lambda: ListOps(seq_len=15), ValueError, "seq_len must be 16 or more, got 15"),
         (lambda: Passkey(seq_len=319), ValueError, "seq_len must be 320 or more, got 319"),
         (lambda: Passkey(depth=1.5), ValueError, r"depth must be None or in \[0, 1\], got 1.5"),
+        (lambda: Passkey(depth="abc"), TypeError, "depth must be a number, got 'abc'"),
         (lambda: Pathfinder(seq_len=1000), ValueError, r"one of \[1024, .*got 1000"),
+        (lambda: Pathfinder(seq_len=1024.0), ValueError, r"one of \[1024, .*got 1024.0"),
         (lambda: SelectiveCopying(num_data_tokens=0), ValueError, "must be 1 or more, got 0"),
         (lambda: SelectiveCopying(vocab_size=3), ValueError, "vocab_size must be 4 or more, got 3"),
         (

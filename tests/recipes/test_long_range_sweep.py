@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import sys
-import time
 
 import pytest
 
@@ -46,20 +44,14 @@ def in_process(monkeypatch):
     """Runs trainings in this process, and counts them."""
     commands = []
 
-    def start(command, log):
+    def run(processes, command, *, folder):
         assert command[1:3] == ["-m", "recipes.long_range"]
         commands.append(command)
         with contextlib.suppress(SystemExit):
             long_range.main(command[3:])
 
-    monkeypatch.setattr(long_range_sweep, "_start", start)
+    monkeypatch.setattr(long_range_sweep.Processes, "run", run)
     return commands
-
-
-def test_a_run_is_a_process_with_one_thread_and_a_log(tmp_path):
-    code = "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit('stopped')"
-    long_range_sweep._start([sys.executable, "-c", code], tmp_path / "log.txt")
-    assert (tmp_path / "log.txt").read_text().split() == ["1", "stopped"]
 
 
 def test_a_sweep_compares_at_equal_flops_and_does_nothing_twice(tmp_path, in_process, capsys):
@@ -110,7 +102,8 @@ def test_a_sweep_compares_at_equal_flops_and_does_nothing_twice(tmp_path, in_pro
     printed = capsys.readouterr().out
     assert "8 runs in" in printed
     share = 100 * cells[1].accuracies[1]
-    assert f"8/8 selective_copying-16-dense-seed1: {share:.1f} % right after" in printed
+    assert "8/8 selective_copying-" in printed
+    assert f"/16-dense-seed1: {share:.1f} % right after" in printed
     assert run_sweep(config)["selective_copying"] == cells
     assert len(in_process) == 8
 
@@ -140,9 +133,9 @@ def test_the_table_has_what_the_arguments_have_made_of_the_task(tmp_path, in_pro
         assert [cell.low, cell.high] == record["interval"]
 
 
-def test_other_settings_and_unfinished_runs_are_run_again(tmp_path, in_process):
+def test_unfinished_runs_are_run_again_and_runs_of_other_settings_stay(tmp_path, in_process):
     config = make_config(tmp_path, lengths=(16,), seeds=1)
-    run_sweep(config)
+    (cells,) = run_sweep(config).values()
     first = Run(task="selective_copying", seq_len=16, attention="dense", seed=0)
     (first.folder(config) / "metrics.json").unlink()
     in_process.clear()
@@ -150,8 +143,49 @@ def test_other_settings_and_unfinished_runs_are_run_again(tmp_path, in_process):
     # It goes on from its checkpoint.
     assert [command[-2:] for command in in_process] == [["--ckpt_path", "last"]]
     in_process.clear()
-    run_sweep(SweepConfig(**{**vars(config), "arguments": (*ARGUMENTS, "--data.batch_size=3")}))
-    assert [command[-1] for command in in_process] == ["--data.batch_size=3"] * 2
+    for batch_size in (3, "three"):
+        arguments = (*ARGUMENTS, f"--data.batch_size={batch_size}")
+        other = dataclasses.replace(config, arguments=arguments)
+        is_bad = batch_size == "three"
+        with pytest.raises(RuntimeError, match="failed") if is_bad else contextlib.nullcontext():
+            run_sweep(other)
+        assert [command[-1] for command in in_process] == [arguments[-1]] * 2
+        in_process.clear()
+    assert run_sweep(config)["selective_copying"] == cells
+    assert not in_process
+    settings = [json.loads(file.read_text()) for file in config.folder.glob("*/settings.json")]
+    assert sorted(found["arguments"][-1] for found in settings) == [
+        "--data.batch_size=2",
+        "--data.batch_size=3",
+        "--data.batch_size=three",
+    ]
+
+
+def test_figures_name_the_code_and_the_machine_of_every_run(tmp_path, in_process):
+    config = make_config(tmp_path, lengths=(16,), seeds=1)
+    run_sweep(config)
+    run = Run(task="selective_copying", seq_len=16, attention="dense", seed=0)
+    file = run.folder(config) / "metrics.json"
+    record = json.loads(file.read_text())
+    date = record["environment"]["date"]
+    assert json.loads(config.output.read_text())["environment"]["date"] == [date]
+    record["environment"] |= {"date": "2020-02-20", "commit": "abcdefg"}
+    file.write_text(json.dumps(record))
+    run_sweep(config)
+    found = json.loads(config.output.read_text())["environment"]
+    assert found["date"] == ["2020-02-20", date]
+    assert "abcdefg" in found["commit"]
+    assert f"2020-02-20, {date}." in config.page.read_text()
+
+
+def test_a_file_need_not_have_the_name_of_its_task(tmp_path, monkeypatch, in_process):
+    (tmp_path / "configs").mkdir()
+    written = long_range_sweep._config("selective_copying").read_text()
+    (tmp_path / "configs" / "copying_small.yaml").write_text(written)
+    monkeypatch.setattr(long_range_sweep, "_CONFIGS", tmp_path / "configs")
+    config = make_config(tmp_path, tasks=("copying_small",), lengths=(16,), seeds=1)
+    run_sweep(config)
+    assert "## copying_small\n\nSelective copying" in config.page.read_text()
 
 
 @pytest.mark.parametrize("lengths", [(), (1024, 0)])
@@ -166,7 +200,6 @@ def test_figures_of_other_weights_are_not_kept(tmp_path, monkeypatch):
     for run in runs:
         folder = run.folder(config)
         (folder / "model").mkdir(parents=True)
-        (folder / "settings.json").write_text(json.dumps(run.settings(config)))
         for name in ("metrics.json", f"model/{TRAINING_FILE}"):
             (folder / name).touch()
     assert all(run.is_finished(config) for run in runs)
@@ -175,15 +208,18 @@ def test_figures_of_other_weights_are_not_kept(tmp_path, monkeypatch):
     other = dataclasses.replace(entry, weights=weights)
     monkeypatch.setattr(long_range_sweep, "find_model", lambda name: other)
     assert not any(run.is_finished(config) for run in runs)
+    untrained = dataclasses.replace(config, arguments=("--model.pretrained=false",))
+    assert "weights" in runs[0].settings(config)
+    assert "weights" not in runs[0].settings(untrained)
 
 
 def test_a_run_that_fails_is_named_after_the_others(tmp_path, in_process, capsys):
     config = make_config(tmp_path, lengths=(8, 16), seeds=1)
     # Eight data tokens and their markers do not fit into eight places.
-    with pytest.raises(RuntimeError, match=r"2 of 4 runs failed: see .*-8-dilated-seed0/log.txt"):
+    with pytest.raises(RuntimeError, match=r"2 of 4 runs failed: see .*/8-dilated-seed0/log.txt"):
         run_sweep(config)
     assert len(in_process) == 4
-    assert "selective_copying-8-dense-seed0: failed" in capsys.readouterr().out
+    assert "/8-dense-seed0: failed" in capsys.readouterr().out
     assert not config.output.exists()
 
 
@@ -193,6 +229,11 @@ def test_a_run_that_fails_is_named_after_the_others(tmp_path, in_process, capsys
         (["--tasks", "copying"], r"got ['copying']; there are"),
         (["--jobs", "0"], "jobs must be 1 or more, got 0"),
         (["--seeds", "0"], "seeds must be 1 or more, got 0"),
+        (["--output", "out.png"], "output must end in .json, got out.png"),
+        (["--argument=--model.seq_len=64"], "cannot set model.seq_len, which the comparison sets"),
+        (["--argument=--config=other.yaml"], "cannot set config, which"),
+        (["--argument=--model={}"], "cannot set model, which"),
+        (["--argument=--model.seq_len"], "must be --NAME=VALUE, got '--model.seq_len'"),
     ],
 )
 def test_bad_options_are_one_line(options, words, capsys):
@@ -202,36 +243,27 @@ def test_bad_options_are_one_line(options, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_other_settings_is_not_gone_on_from(tmp_path, monkeypatch):
-    config = make_config(tmp_path, lengths=(16,), seeds=1)
-    run = Run(task="selective_copying", seq_len=16, attention="dense", seed=0)
-    commands = []
-    monkeypatch.setattr(long_range_sweep, "_start", lambda command, log: commands.append(command))
-    long_range_sweep._execute(run, config)
-    (run.folder(config) / "checkpoints").mkdir()
-    (run.folder(config) / "checkpoints" / "last.ckpt").touch()
-    long_range_sweep._execute(run, config)
-    assert commands.pop()[-2:] == ["--ckpt_path", "last"]
-    other = SweepConfig(**{**vars(config), "arguments": (*ARGUMENTS, "--data.batch_size=3")})
-    # The first one ends before it has written anything.
-    for _ in range(2):
-        long_range_sweep._execute(run, other)
-        assert commands.pop()[-1] == "--data.batch_size=3"
+def test_a_sweep_is_called_in_the_clone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main([])
+    assert f"there is no configs/long_range in {tmp_path}." in capsys.readouterr().err
 
 
-def test_runs_that_wait_are_not_begun_after_an_interrupt(tmp_path, monkeypatch):
-    begun = []
+def test_a_stop_reaches_what_runs_and_what_waits(tmp_path, monkeypatch):
+    begun, stopped = [], []
 
-    def start(command, log):
+    def run(processes, command, *, folder):
         begun.append(command)
         if len(begun) > 1:
-            time.sleep(0.5)
-        raise KeyboardInterrupt
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(long_range_sweep, "_start", start)
+    monkeypatch.setattr(long_range_sweep.Processes, "run", run)
+    monkeypatch.setattr(long_range_sweep.Processes, "stop", lambda self: stopped.append(self))
     with pytest.raises(KeyboardInterrupt):
         run_sweep(make_config(tmp_path))
     assert len(begun) < 8
+    assert len(stopped) == 1
 
 
 def test_a_length_that_is_given_twice_is_run_once(tmp_path):

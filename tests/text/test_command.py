@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from longnet_zoo import registry
@@ -12,6 +13,7 @@ from longnet_zoo.cli import main
 from longnet_zoo.factory import create_model
 from longnet_zoo.registry import PublishedWeights, find_model
 from longnet_zoo.text import generate_text, score_file
+from longnet_zoo.text.generation import printable
 from longnet_zoo.tokenizers import ByteTokenizer
 
 OPTIONS = {"embed_dim": 24, "num_layers": 1, "num_heads": 4}
@@ -78,6 +80,17 @@ def test_every_option_of_generate_reaches_the_text(weights, capsys):
     for option in ("--temperature=0", "--top-k=2", "--top-p=0.1", "--min-p=0.9"):
         assert written(option) != plain, option
     assert written("--repetition-penalty=5") != plain
+
+
+def test_a_prompt_may_have_bytes_that_are_no_text(weights, capsys):
+    model, path = weights
+    prompt = b"a\xff".decode(errors="surrogateescape")
+    options = ["--pretrained", str(path), *FLAGS, "--max-new-tokens=5", "--temperature=0"]
+    main(["generate", prompt, *options])
+    new = model.generate(torch.tensor([[ord("a"), 255]]), max_new_tokens=5, temperature=0)
+    written = generate_text(model, ByteTokenizer(), prompt, max_new_tokens=5, temperature=0)
+    assert written == ByteTokenizer().decode(new[0].tolist())
+    assert capsys.readouterr().out == f"{printable(f'{prompt}{written}')}\n"
 
 
 def test_a_seed_also_draws_the_weights(capsys):
