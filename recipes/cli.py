@@ -11,16 +11,18 @@
 """
 
 import contextlib
+import functools
 import io
 import linecache
 import logging
+import operator
 import re
 import signal
 import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import lightning as L
 import yaml
@@ -123,6 +125,7 @@ class RecipeCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Makes a parser that takes no abbreviations: `--trainer.max_step` is a mistake."""
+        _read_whole_numbers_first()
         return super().init_parser(**{"allow_abbrev": False, **kwargs})
 
     def _parse_ckpt_path(self) -> None:
@@ -382,3 +385,16 @@ def _quieten() -> None:
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
     return not any(part in record.getMessage() for part in _NOISE)
+
+
+def _read_whole_numbers_first() -> None:
+    """Has `limit_test_batches: 1` mean one batch, not all, whatever was imported before Lightning.
+
+    `typing` keeps one object for `Union[int, float]` and `Union[float, int]`, and its first member
+    is what a number is read as. `int | float` keeps its own order.
+    """
+    hints = L.Trainer.__init__.__annotations__
+    for name, hint in hints.items():
+        if {int, float} <= set(get_args(hint)):
+            kinds = sorted(get_args(hint), key=lambda kind: kind is not int)
+            hints[name] = functools.reduce(operator.or_, kinds)

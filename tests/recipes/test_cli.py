@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Union
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from recipes.cli import RecipeCLI, _merged, _parsed
-from recipes.run_folder import CurveLogger, make_room, read_curves
 from recipes.text_data import TextDataModule
 from recipes.text_lm import TextLM, main
 from tests.recipes.text_runs import (
@@ -66,6 +67,17 @@ def test_command_line_wins_over_the_checkpoint(corpus, trained, cli, lr):
     checkpoint = trained / "checkpoints" / "last.ckpt"
     built = cli(TextLM, TextDataModule, args=["validate", *args, f"--ckpt_path={checkpoint}"])
     assert built.model.optimization.lr == lr
+
+
+def test_one_is_one_batch_and_not_all_whatever_was_imported_before(monkeypatch, corpus, tmp_path):
+    # What `typing` answers to `Optional[Union[int, float]]`, once it was asked for the other order.
+    either = Union[float, int, None]  # noqa: UP007
+    for name in ("limit_test_batches", "overfit_batches"):
+        monkeypatch.setitem(L.Trainer.__init__.__annotations__, name, either)
+    options = {"trainer__limit_test_batches": 1, "trainer__overfit_batches": 0.5}
+    args = ["fit", *arguments(corpus, tmp_path, **options)]
+    trainer = RecipeCLI(TextLM, TextDataModule, args=args).config["fit"]["trainer"]
+    assert (type(trainer.limit_test_batches), trainer.overfit_batches) == (int, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -269,56 +281,7 @@ def test_evaluation_takes_the_last_checkpoint(corpus, trained, tmp_path, capsys,
     assert sorted(trained.rglob("*")) == before
 
 
-# The run folder -----------------------------------------------------------------------------------
-
-
-def test_running_twice_keeps_the_run_before_and_no_more(corpus, tmp_path):
-    for steps in (1, 2, 3):
-        args = arguments(corpus, tmp_path, trainer__max_steps=steps)
-        main(["fit", *args, *last_checkpoint_every(1)])
-    assert sorted(curve(tmp_path, "train_loss")) == [0, 1, 2]
-    assert sorted(curve(tmp_path / "previous", "train_loss")) == [0, 1]
-    names = {"checkpoints", "config.yaml", "metrics.csv", "tensorboard"}
-    assert {path.name for path in tmp_path.iterdir()} == {*names, "previous"}
-    assert {path.name for path in (tmp_path / "previous").iterdir()} == names
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
-    assert list((tmp_path / "tensorboard").glob("events.*"))
-
-
-def test_making_room_touches_nothing_else(tmp_path):
-    (tmp_path / "metrics.csv").write_text("step\n")
-    (tmp_path / "thesis.tex").write_text("precious")
-    told = f"The run before lies in {tmp_path / 'previous'} now"
-    assert make_room(tmp_path, ckpt_path=None) == f"{told}."
-    assert (tmp_path / "thesis.tex").read_text() == "precious"
-    assert not (tmp_path / "metrics.csv").exists()
-    assert make_room(tmp_path, ckpt_path=None) is None
-    (tmp_path / "metrics.csv").write_text("step\n")
-    gone = "the run that lay there is gone"
-    assert make_room(tmp_path, ckpt_path=None) == f"{told}; {gone}."
-
-
-def test_resuming_a_checkpoint_of_another_folder_starts_a_new_run(tmp_path):
-    (tmp_path / "metrics.csv").write_text("step\n")
-    assert make_room(tmp_path, ckpt_path=tmp_path / "checkpoints" / "last.ckpt") is None
-    assert make_room(tmp_path, ckpt_path=tmp_path.parent / "other" / "last.ckpt") is not None
-
-
-def test_curve_goes_on_where_the_checkpoint_was_and_drops_a_torn_row(tmp_path):
-    first = CurveLogger(tmp_path)
-    for step in range(4):
-        first.log_metrics({"loss": 10.0 - step}, step)
-    first.log_metrics({"val": 1.5}, 3)
-    with first.path.open("a") as file:
-        file.write("4,6.")
-    second = CurveLogger(tmp_path)
-    second.log_metrics({"loss": 0.5}, 2)
-    second.log_metrics({"new": 7.0}, 2)
-    assert read_curves(first.path) == {
-        "loss": [(1, 10.0), (2, 9.0), (3, 0.5)],
-        "val": [],
-        "new": [(3, 7.0)],
-    }
+# A run --------------------------------------------------------------------------------------------
 
 
 def test_own_loggers_and_none_are_respected(corpus, tmp_path):
