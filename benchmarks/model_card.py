@@ -177,8 +177,10 @@ def _words(document: Document, dense_run: Document | None) -> str:
     facts = dense_run["settings"]
     return (
         f"{words}\n\nWith dense attention and else alike (`{DENSE}`), {facts['flops']:.2e} FLOPs "
-        f"read {facts['tokens'] / 1e6:.1f} million bytes in {facts['steps']:,} steps: "
-        f"{cells[DENSE, first]:.3f} at {first:,} bytes, {cells[DENSE, last]:.3f} at {last:,}."
+        f"read {facts['tokens'] / 1e6:.1f} million bytes in {facts['steps']:,} steps, with a "
+        f"context of up to {facts['seq_len']:,}: {cells[DENSE, first]:.3f} at {first:,} bytes, "
+        f"{cells[DENSE, last]:.3f} at {last:,}, which is {abs(own - cells[DENSE, last]):.3f} "
+        f"{'fewer' if cells[DENSE, last] < own else 'more'} than dilated."
     )
 
 

@@ -15,6 +15,7 @@ from benchmarks.measure import Parser
 from benchmarks.pictures import DRAWN, draw_result
 from benchmarks.tables import TABLES, Document, figures
 from longnet_zoo.bench import reading
+from longnet_zoo.ops.pattern import DilatedPattern
 
 __all__ = ["GOALS", "page", "read_results"]
 
@@ -52,7 +53,10 @@ QUESTIONS = {
         "What did pretraining cost?",
         "`longnet_lm_tiny` on Python files, dilated as it ships and dense, for about the same "
         "FLOPs, which count the pairs that are attended. Bits per byte: of training batches the "
-        "mean since the row before, at the context that they had; validation has the whole one.",
+        "mean since the row before, at the context that they had; validation has the last one, and "
+        "windows of that length, so that it compares steps and not runs. "
+        "At the longest context dense attention would read a sixth as much for these FLOPs, so it "
+        "learns at a shorter one.",
     ),
     "pretrained": (
         "What is a long context worth?",
@@ -266,7 +270,9 @@ def _section(name: str, document: Document) -> list[str]:
     facts = [f"{settings[x]}" for x in ("dtype",) if x in settings]
     if "segment_lengths" in settings:
         lengths, rates = settings["segment_lengths"], settings["dilation_rates"]
-        facts.append(f"segments {_series(lengths)}, rates {_series(rates)}")
+        is_dense = DilatedPattern(segment_lengths=lengths, dilation_rates=rates).is_dense
+        pattern = f"segments {_series(lengths)}, rates {_series(rates)}"
+        facts.append("dense attention" if is_dense else pattern)
     if settings.get("piece_len"):
         facts.append(f"in pieces of {settings['piece_len']:,} tokens")
     if facts:

@@ -26,7 +26,7 @@ Accuracy is in percent. Spread is the worst and the best of several runs, of a s
 interval of its examples. FLOPs are those of one example, forward; training those of a run, with the
 backward pass. "Constant" always gives the answer that is the most frequent in training examples.
 
-Measured by `{command}` on {device}, one thread a run, PyTorch {torch}, commit {commit}, {date}.
+Measured by `{command}` on {device}, one thread a run, PyTorch {torch}, code at {commit}, {date}.
 """
 
 
