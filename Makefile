@@ -10,6 +10,8 @@ PIP_FLAGS ?=
 ARGS ?=
 
 RUN := $(VENV)/bin/python
+# Python compiles what it imports by itself; all of it at once takes a minute.
+PIP_INSTALL := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --no-input --no-compile
 CONFIG ?= configs/text/quickstart.yaml
 RESULTS := benchmarks/results
 # One thread a worker, so results depend neither on the number of cores nor on the load.
@@ -93,11 +95,11 @@ clean: ## Remove the virtual environment and caches; runs/ stays
 $(VENV)/.ready: pyproject.toml constraints.txt $(VENV)/.python
 	@rm -f $@
 	@echo "set-up 2/2: packages into $(VENV) (2 to 10 minutes; torch alone is over 2 GB with CUDA)"
-	@$(RUN) -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_FLAGS) \
+	@$(PIP_INSTALL) $(PIP_FLAGS) \
 	    --editable ".[train,slides,audio,image-text,hf,docs,dev]" --constraint constraints.txt \
 	    || { echo "error: pip could not install the packages; its message is above. Cure it and repeat." >&2; exit 1; }
 	@# The original that tests compare with; its dependencies pin versions of years ago.
-	@$(RUN) -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_FLAGS) \
+	@$(PIP_INSTALL) $(PIP_FLAGS) \
 	    --no-deps torchscale fairscale --constraint constraints.txt \
 	    || echo "note: without torchscale, the tests that compare with it are skipped" >&2
 	@touch $@
