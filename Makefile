@@ -78,7 +78,8 @@ bench: $(VENV)/.ready ## Run the benchmarks on the CPU and write docs/performanc
 	    --output $(RESULTS)/models-cpu.json $(ARGS)
 	$(RUN) -m benchmarks.memory --output $(RESULTS)/memory-cpu.json
 	$(RUN) -m benchmarks.slide_encoder --output $(RESULTS)/slide-cpu.json
-	$(RUN) -m benchmarks.branches --device cpu --output $(RESULTS)/branches-cpu.json $(ARGS)
+	$(RUN) -m benchmarks.branches --device cpu --seq-lens 4096 8192 --rounds 3 \
+	    --output $(RESULTS)/branches-cpu.json $(ARGS)
 	$(RUN) -m longnet_zoo.cli bench --device cpu --output $(RESULTS)/bench-cpu $(filter --resume,$(ARGS))
 	$(RUN) -m benchmarks.streaming --device cpu --output $(RESULTS)/streaming-cpu.json $(ARGS)
 	$(RUN) -m benchmarks.performance

@@ -52,15 +52,15 @@ QUESTIONS = {
     "pretraining": (
         "What did pretraining cost?",
         "`longnet_lm_tiny` on Python files, dilated as it ships and dense, for about the same "
-        "FLOPs, which count the pairs that are attended. Bits per byte: of training batches the "
-        "mean since the row before, at the context that they had; validation has the last one, and "
-        "windows of that length, so that it compares steps and not runs. "
+        "FLOPs, which count the pairs that are attended. Bits per byte: in training the mean "
+        "of the batches since the row before, at the context that these had; in validation at the "
+        "longest context of the run, so that its steps compare, and runs do not. "
         "At the longest context dense attention would read a sixth as much for these FLOPs, so it "
         "learns at a shorter one.",
     ),
     "pretrained": (
         "What is a long context worth?",
-        "Bits per byte of held-out Python files, as few as possible, ± the standard error from "
+        "Bits per byte of held-out Python files (fewer are better), ± the standard error from "
         "window to window. Every context scores the same bytes, in pieces that cannot see each "
         "other; `xz -9e` packs each piece by itself, and at last all held-out text at once.",
     ),
@@ -87,13 +87,14 @@ QUESTIONS = {
     ),
     "branches": (
         "When do branches by blocks and by content pay?",
-        "Causal attention of one sequence by such a branch alone. `vs dense` and `vs masked`: "
-        "times faster than PyTorch's causal attention, and than the same given a mask of all "
-        "pairs; GFLOP/s count the pairs that are attended. Subsets draw queries and keys at "
-        "random, and random vectors fill the buckets evenly. The last table has a noisy copy of "
-        "one early key in every query of the second half: the share of the dense softmax, and of "
-        "these planted keys, that branches show for about equal attended pairs. Keys that several "
-        "branches of a pattern show are one of `keys a query`.",
+        "Causal attention of one sequence, 4 heads x 64, by such a branch alone. `vs dense` and "
+        "`vs masked`: times faster than PyTorch's causal attention, and than the same given a mask "
+        "of all pairs; GFLOP/s count the pairs that are attended. Subsets draw queries and keys at "
+        "random, and random vectors fill the buckets evenly. In the last table every query of "
+        "the second half is a noisy copy of one early key, its planted key. `weights` is the share "
+        "of the dense softmax that falls on keys which the branches show, `planted keys` the share "
+        "of those that they show, at about as many attended pairs. A key that several branches "
+        "show counts once in `keys a query`.",
     ),
 }
 
@@ -208,9 +209,9 @@ def page(results: dict[str, Document]) -> str:
     lines = [
         "# Performance",
         "",
-        "Made by `python -m benchmarks.performance` from the files in `benchmarks/results`; those "
-        "of a CPU by `make bench`. Quote the ratios: contenders of one table took turns in one "
-        "process. Seconds depend on the machine.",
+        "Made by `python -m benchmarks.performance` from the files in `benchmarks/results`; "
+        "`make bench` measures those of a CPU, all but pretraining. Quote the ratios: contenders "
+        "of one table took turns in one process. Seconds depend on the machine.",
         "",
         "## Measured where",
         "",

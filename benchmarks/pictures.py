@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.contenders import PASSES
 from benchmarks.tables import Document, figures, flops_unit
@@ -47,14 +47,21 @@ def _draw_kernels(document: Document) -> Figure:
     panels = [
         Panel(
             title=f"{unit}, {passed}",
-            bars={cell["contender"]: factor * cell[passed]["tflops_per_s"] for cell in cells},
+            bars={_contender(cell): factor * cell[passed]["tflops_per_s"] for cell in cells},
         )
         for passed in PASSES
     ]
-    memory = {cell["contender"]: cell[PASSES[1]]["peak_extra_mib"] for cell in cells}
-    panels.append(Panel(title="peak MiB beyond the inputs, forward+backward", bars=memory))
+    # Dense attention of as many pairs has a shorter sequence, whose memory is no comparison.
+    dilated = [cell for cell in cells if "dense_len" not in cell]
+    memory = {cell["contender"]: cell[PASSES[1]]["peak_extra_mib"] for cell in dilated}
+    panels.append(Panel(title="peak MiB, forward+backward", bars=memory))
     heads = f"{last['num_heads']} heads x {last['head_dim']}"
     return _draw(document, panels, f"Attention at equal pairs: {last['seq_len']:,} tokens, {heads}")
+
+
+def _contender(cell: dict[str, Any]) -> str:
+    length = f", {cell['dense_len']:,} tokens" if "dense_len" in cell else ""
+    return f"{cell['contender']}{length}"
 
 
 def _draw_length(document: Document) -> Figure:
@@ -125,7 +132,9 @@ def _draw_models(document: Document) -> Figure:
             ("peak MiB beyond weights, optimizer", "peak_extra_mib"),
         )
     ]
-    return _draw(document, panels, "A training step")
+    depth = document["settings"]["num_layers"]
+    size = f", {depth} layers" if depth else ""
+    return _draw(document, panels, f"A training step{size}")
 
 
 # Programme -> what draws its results.

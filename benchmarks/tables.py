@@ -123,7 +123,7 @@ def _models(document: Document) -> list[str]:
     ]
     lines = ["", *table(["model", "tokens/s", "MiB", "time of plain", "memory of plain"], rows)]
     depth = document["settings"]["num_layers"]
-    note = ["", f"With num_layers={depth}, other than the models'."] if depth else []
+    note = ["", f"All models are cut to {depth} layers (`--num-layers {depth}`)."] if depth else []
     return [*lines, *note, *_reasons(document, lambda cell: f"{cell['case']}, {cell['mode']}")]
 
 

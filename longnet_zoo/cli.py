@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+from safetensors import SafetensorError
+
 from longnet_zoo.bench import ComparisonConfig, run_bench
 from longnet_zoo.export import add_export_command
 from longnet_zoo.factory import ModelInfo, list_models, model_info
@@ -30,7 +32,7 @@ __all__ = ["main", "short_number"]
 _PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 _HEADS_DRAWN = 8
 # What a wrong argument raises: shown as one line. Anything else is a bug and keeps its traceback.
-_USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
+_USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, SafetensorError)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -47,6 +49,8 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
     try:
         options.run(options)
+    except MemoryError as error:
+        parser.exit(2, f"{parser.prog}: error: out of memory. {error}\n")
     except _USER_ERRORS as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
     except KeyboardInterrupt:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 __all__ = ["add_dtype_argument", "add_option_argument", "read_options", "weights_source"]
@@ -38,17 +39,29 @@ def weights_source(text: str) -> str:
     return text
 
 
-def read_options(texts: Iterable[str]) -> dict[str, Any]:
+def read_options(texts: Iterable[str], *, function: Callable[..., Any]) -> dict[str, Any]:
     """Reads NAME=VALUE: JSON, lists without brackets, and else words.
 
+    Args:
+        texts: As they are typed.
+        function: What will take them as `**options`; its arguments of its own are none of them.
+
     Raises:
-        ValueError: If there is no name or no value, a name comes twice, or a number is not finite.
+        ValueError: If there is no name or no value, a name comes twice or is none of an option, or
+            a number is not finite.
     """
     options: dict[str, Any] = {}
+    own = inspect.signature(function).parameters.values()
+    taken = {parameter.name for parameter in own if parameter.kind != parameter.VAR_KEYWORD}
     for text in texts:
         name, _, value = text.partition("=")
         if not name or not value:
             raise ValueError(f"--option must be NAME=VALUE, got {text!r}.")
+        if name in taken:
+            raise ValueError(
+                f"--option takes no {name}, got {text!r}. Where the command has it, --help says "
+                "how it is given."
+            )
         if name in options:
             raise ValueError(f"--option must give {name} once, got it twice. Leave one out.")
         options[name] = _read_value(value)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from longnet_zoo.command_options import (
 from longnet_zoo.factory import create_model
 from longnet_zoo.models import ZooModel
 from longnet_zoo.registry import find_model
+from longnet_zoo.weights.keys import as_arguments
 
 __all__ = ["add_export_command"]
 
@@ -46,26 +50,54 @@ def add_export_command(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     folder: Path = options.output
+    given = read_options(options.option, function=create_model)
+    with _new_folder(folder) as unfinished:
+        model = create_model(options.model, pretrained=options.pretrained, **given)
+        assert isinstance(model, ZooModel)
+        model.to(getattr(torch, options.dtype))
+        model.save_pretrained(unfinished)
+        card = _card(options, model, given)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+    words = [f"--pretrained {folder}", *(f"--option {text}" for text in options.option)]
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    sys.stdout.write(
+        f"{folder}: {type(model).__name__}, {model.num_params():,} parameters, {options.dtype}, "
+        f"{size / 1e6:.1f} MB\n"
+        f"use: {' '.join(words)}, or {_call(options.model, str(folder), given)}\n"
+    )
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder beside this one, and its name when all is written: half of it helps nobody.
+
+    Raises:
+        ValueError: If there is something already, or no folder can be made there.
+    """
     if folder.exists():
         raise ValueError(
             f"--output must be a new folder, got {folder}, which exists. Remove it or choose "
             "another."
         )
-    given = read_options(options.option)
-    model = create_model(options.model, pretrained=options.pretrained, **given)
-    assert isinstance(model, ZooModel)
-    model.to(getattr(torch, options.dtype))
-    model.save_pretrained(folder)
-    (folder / "README.md").write_text(_card(options, model), encoding="utf-8")
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    sys.stdout.write(
-        f"{folder}: {type(model).__name__}, {model.num_params():,} parameters, {options.dtype}, "
-        f"{size / 1e6:.1f} MB\nuse: --pretrained {folder}, or "
-        f"create_model({options.model!r}, pretrained={str(folder)!r})\n"
-    )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-")
+    except OSError as error:
+        raise ValueError(
+            f"--output must be a new folder, got {folder}, which cannot be made: {error}."
+        ) from error
+    with scratch as name:
+        unfinished = Path(name, folder.name)
+        yield unfinished
+        unfinished.rename(folder)
 
 
-def _card(options: argparse.Namespace, model: ZooModel) -> str:
+def _call(name: str, folder: str, given: Mapping[str, Any]) -> str:
+    """The call that loads the weights, with the options that they needed."""
+    return f"create_model({name!r}, {as_arguments({'pretrained': folder, **given})})"
+
+
+def _card(options: argparse.Namespace, model: ZooModel, given: Mapping[str, Any]) -> str:
     """What is known of the weights; the licence where they are published ones."""
     name, source = options.model, options.pretrained
     published = next((own for own in find_model(name).weights if own.tag == source), None)
@@ -81,7 +113,7 @@ def _card(options: argparse.Namespace, model: ZooModel) -> str:
         f"from {origin}.",
         "",
         "    import longnet_zoo as lz",
-        f'    model = lz.create_model("{name}", pretrained="FOLDER")',
+        f"    model = lz.{_call(name, 'FOLDER', given)}",
         "",
     ]
     return "\n".join(lines)

@@ -287,7 +287,7 @@ def _draw_legend(figure: Figure, layout: _Layout, pattern: DilatedPattern, max_c
     if max_count > 1:
         shades = [_shade(_GREY, count, num_branches) for count in range(2, max_count + 1)]
         counts = {2: "2", 3: "2 or 3"}.get(max_count, f"2 to {max_count}")
-        words = f"darker: reached by {counts} branches and counted as often"
+        words = f"darker: reached by {counts} branches, and counted as often"
         _draw_entry(figure, layout, (layout.legend_rows - 1) * layout.legend_columns, shades, words)
 
 

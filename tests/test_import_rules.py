@@ -42,7 +42,7 @@ ALLOWED = {
     "interop": {"ops", "layers", "models", "weights", "factory", "registry", "tokenizers"},
     "plot": {"ops"},
     "command_options": set(),
-    "export": {"command_options", "factory", "models", "registry"},
+    "export": {"command_options", "factory", "models", "registry", "weights"},
     "text": {"bench", "command_options", "models", "factory", "ops", "registry", "tokenizers"},
     "long_range": {
         "bench",

@@ -78,7 +78,7 @@ def test_words_name_branches_length_and_share():
     found = words(figure)
     assert "My pattern" in found
     assert [f"segment {w}, rate {r}" in found for w, r in PATTERN.branches] == [True] * 3
-    assert "darker: reached by 2 or 3 branches and counted as often" in found
+    assert "darker: reached by 2 or 3 branches, and counted as often" in found
     (facts,) = [text for text in found if "tokens" in text]
     share = PATTERN.attended_pairs(23, 4, is_causal=True) / (4 * 23 * 24 / 2)
     assert facts == f"causal, 23 tokens, {100 * share:.0f} % of dense work"

@@ -102,9 +102,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _tasks(options: argparse.Namespace) -> list[Task]:
     """Makes the task at each length, shortest first."""
-    given = read_options(options.option)
-    if "seq_len" in given:
-        raise ValueError("--option takes no seq_len: give --lengths.")
+    given = read_options(options.option, function=make_task)
     lengths: Sequence[int | None] = sorted(set(options.lengths or [])) or [None]
     return [make_task(options.task, seq_len=length, **given) for length in lengths]
 

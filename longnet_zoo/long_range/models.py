@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,14 +61,21 @@ def find_sources(words: list[str]) -> list[Source]:
                 f"--models needs other labels than {' and '.join(GUESSES)}, which every table has, "
                 f"got {word!r}. Give another LABEL=."
             )
-        is_name = place in list_models()
-        places = [place] if is_name else sorted(glob.glob(str(Path(place).expanduser())))
+        path = Path(place).expanduser()
+        is_one = place in list_models() or path.exists()
+        places = [place] if is_one else sorted(glob.glob(str(path)))
         if not places:
             raise ValueError(
                 f"--models found nothing at {place!r}. Give the name of a model (`longnet-zoo "
                 "list`), a folder that save_pretrained wrote, or the checkpoint of a recipe."
             )
-        sources += [Source(label=label, place=place) for place in places]
+        for found in (Source(label=label, place=place) for place in places):
+            if found in sources:
+                raise ValueError(
+                    f"--models takes a run once, got {found.place!r} twice as {label!r}. Leave one "
+                    "out, or give it another label."
+                )
+            sources.append(found)
     return sources
 
 
@@ -111,13 +119,26 @@ def _load_folder(path: Path) -> tuple[nn.Module, Mapping[str, Any]]:
             f"{_CONFIG_FILE}. Of a run of recipes.long_range give its folder `model`."
         )
     model_class = getattr(zoo, str(_read_object(config).get("model")), None)
-    if not (isinstance(model_class, type) and issubclass(model_class, ZooModel)):
+    is_model = isinstance(model_class, type) and issubclass(model_class, ZooModel)
+    # Base classes have no config.
+    if model_class is None or not is_model or not hasattr(model_class, "config_class"):
         raise ValueError(
             f"--models takes folders that save_pretrained wrote, got {str(path)!r}, whose "
             f"{_CONFIG_FILE} names no model of the zoo."
         )
-    known = _read_object(training) if training.is_file() else {}
+    known = _read_training(training) if training.is_file() else {}
     return model_class.from_pretrained(path).eval(), known
+
+
+def _read_training(file: Path) -> dict[str, Any]:
+    known = _read_object(file)
+    flops, seq_len = known.get("train_flops", 0), known.get("seq_len", 1)
+    if not isinstance(flops, int | float) or not math.isfinite(flops) or type(seq_len) is not int:
+        raise ValueError(
+            f"{file} must have numbers for train_flops and seq_len, got {flops!r} and {seq_len!r}. "
+            "Write it again, or remove it."
+        )
+    return known
 
 
 def _read_object(file: Path) -> dict[str, Any]:

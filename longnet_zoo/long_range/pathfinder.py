@@ -4,7 +4,7 @@ An image has two dashed curves of the same length, shorter ones as distractors, 
 label is yes where the dots are the two ends of one curve, and no where they are ends of different
 ones. Sizes follow the generator of Long Range Arena (`pathfinder.py`): at 32 pixels 14 dashes of
 length 2 and thickness 0.5, dots of radius 1.5, 5 distractors of 4 dashes, starts at least 7 apart,
-contrast 0.75; at 128 pixels 14 dashes of length 5 and thickness 1.5, gaps of 2 or 3, dots of radius
+contrast 0.75; at 128 pixels 14 dashes of length 5 and thickness 1.5, gaps of 2 to 3, dots of radius
 3, 7 distractors of 4 dashes, starts at least 20 apart.
 
 This is no copy of that generator, so figures do not compare with published ones digit by digit. Of

@@ -169,7 +169,8 @@ def batch_accuracy(task: Task, logits: Tensor, classes: Tensor, labels: Tensor) 
 def _count(logits: Tensor, classes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Returns how many answers of each row are right, and how many were asked; (b,) each."""
     is_asked = labels != IGNORE_INDEX
-    is_right = logits.argmax(-1) == classes
+    # The largest of numbers that are none is the first, which may happen to be the answer.
+    is_right = (logits.argmax(-1) == classes) & ~logits.isnan().any(-1)
     right = torch.zeros_like(is_asked).masked_scatter(is_asked, is_right)
     return right.sum(1), is_asked.sum(1)
 

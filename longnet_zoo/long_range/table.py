@@ -46,8 +46,12 @@ def _row(cell: Cell) -> tuple[str, ...]:
     training = "" if cell.train_flops is None else f"{cell.train_flops:.2e}"
     if not cell.accuracies:
         return "", cell.label, "-", cell.reason, "", flops, training
-    spread = f"{_percent(cell.low)} - {_percent(cell.high)}"
     runs = str(len(cell.accuracies))
+    if len(cell.accuracies) > 1:
+        # A mean hides that one run has learnt nothing.
+        spread = ", ".join(_percent(share) for share in sorted(cell.accuracies))
+    else:
+        spread = f"{_percent(cell.low)} - {_percent(cell.high)}"
     return "", cell.label, _percent(cell.mean), spread, runs, flops, training
 
 
@@ -68,8 +72,8 @@ def accuracy_table(cells: Sequence[Cell], *, title: str) -> Table:
     from rich.text import Text
 
     caption = (
-        f"accuracy in %, {cells[0].num_examples} examples a length; spread: worst and best of "
-        "several runs, of a single one the 95 % interval of its examples; constant: always the "
+        f"accuracy in %, {cells[0].num_examples} examples a length; spread: each of several runs, "
+        "of a single one the 95 % interval of its examples; constant: always the "
         "answer that is the most frequent in training examples; FLOPs: of one example, and of the "
         "training"
     )
@@ -156,5 +160,7 @@ def _finish(axes: Axes, cells: Sequence[Cell]) -> None:
                 color=colors[_line_name(cell.label)],
                 capsize=3,
             )
+            shares = [100 * share for share in cell.accuracies]
+            axes.plot([cell.seq_len] * len(shares), shares, "k.", markersize=3)
     axes.set_ylim(0, 105)
     axes.legend(fontsize=8.5, frameon=False)

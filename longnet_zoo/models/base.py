@@ -11,8 +11,9 @@ from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from longnet_zoo.layers import MemorySaving, Multiway, RelativeBias, TransformerStack
 
@@ -225,7 +226,7 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
                 f"{cls.__name__}.from_pretrained has no options {', '.join(unknown)}. Those of the "
                 f"config are {', '.join(field.name for field in fields(config))}."
             )
-        weights = load_file(find(constants.SAFETENSORS_SINGLE_FILE))
+        weights = _read_weights(find(constants.SAFETENSORS_SINGLE_FILE))
         model = cls(trained.changed(options))
         try:
             model.load_state_dict(weights, strict=True)
@@ -237,6 +238,15 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
             ) from error
         warn_of_other_rules(trained.options(), model.config, source=repr(model_id))
         return model.to(map_location).eval()
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} must be what save_pretrained wrote, and is no file.")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}. Save or copy it again.") from error
 
 
 def config_from_json(model_class: type[ZooModel], content: Mapping[str, Any]) -> ZooConfig:

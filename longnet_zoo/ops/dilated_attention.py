@@ -55,7 +55,8 @@ def dilated_attention(
 
     A row that no branch covers (possible only without a branch of rate 1), or whose keys are all
     padding, gives zeros and an LSE of -inf. Gradients are by `backward` and of first order only:
-    torch.func.grad and a second derivative raise.
+    torch.func.grad and a second derivative raise; to forward mode (torch.func.jvp) it is a
+    constant, as every custom operator of PyTorch.
 
     Args:
         q: Queries, (batch, seq_len, num_heads, head_dim); float16, bfloat16, float32 or float64.

@@ -110,7 +110,7 @@ def draw_tokens(
             f"{rows} is {largest[rows[0]].item()}: the model has overflowed, or all tokens are "
             f"banned ({len(banned_ids)} of {logits.shape[1]} are)."
         )
-    if sampling.temperature == 0.0:
+    if sampling.temperature < torch.finfo(logits.dtype).tiny:  # no more than 0 to divide by
         return logits.argmax(-1)
     # The difference first: divided by next to nothing, the logits themselves would overflow.
     logits = (logits - largest) / sampling.temperature

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from longnet_zoo.bench import Panel, check_matplotlib, draw, save_picture
 from longnet_zoo.command_options import add_option_argument, read_options
+from longnet_zoo.factory import create_model
 from longnet_zoo.layers import MemorySaving
 from longnet_zoo.parallel.layout import Layout
 
@@ -115,7 +116,9 @@ def draw_plans(plans: Sequence[Plan]) -> Figure:
     config = plans[-1].config
     values = {
         "GiB on a rank": lambda x: x.memory.total / _GIB,
-        "MiB sent by a rank in a layer": lambda x: (x.forward_bytes + x.backward_bytes) / 2**20,
+        "MiB sent by a rank in a layer, forward + backward": lambda x: (
+            (x.forward_bytes + x.backward_bytes) / 2**20
+        ),
         "seconds of a step": lambda x: x.time.step_s,
     }
     panels = []
@@ -129,6 +132,8 @@ def draw_plans(plans: Sequence[Plan]) -> Figure:
                     lines.setdefault(_name(method), []).append(point)
         panels.append(Panel(title=title, lines=lines, x_label="tokens"))
     facts = f"{config.gpus} x {config.gpu}, {_sequences(config)} at a time"
+    if config.memory_saving is not None and config.memory_saving.offload:
+        facts += ", offload"
     return draw(
         [panel for panel in panels if panel.lines],
         title=f"{config.model}: predicted, not measured",
@@ -160,7 +165,7 @@ def _add_saving_options(command: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     config = PlanConfig(
         model=options.model,
-        options=read_options(options.option),
+        options=read_options(options.option, function=create_model),
         seq_len=options.seq_len,
         gpus=options.gpus,
         gpu=options.gpu,

@@ -144,7 +144,7 @@ def _stream(options: argparse.Namespace) -> None:
         found = {
             "model": options.model,
             "pretrained": _source(options),
-            "options": read_options(options.option),
+            "options": read_options(options.option, function=create_model),
             "dtype": options.dtype,
             "tokenizer": options.tokenizer,
             "file": str(options.file),
@@ -164,7 +164,7 @@ def _stream(options: argparse.Namespace) -> None:
 
 def _model(options: argparse.Namespace) -> tuple[LongNetLM, Tokenizer]:
     tokenizer = load_tokenizer(options.tokenizer)
-    given = read_options(options.option)
+    given = read_options(options.option, function=create_model)
     source = _source(options)
     model = create_model(options.model, pretrained=False if source == _RANDOM else source, **given)
     if not isinstance(model, LongNetLM):

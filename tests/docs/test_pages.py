@@ -68,6 +68,12 @@ def test_commands_can_be_typed(path, line, capsys, monkeypatch):
     words = shlex.split(line)
     if words[0] == "longnet-zoo":
         _make_parser().parse_args(words[1:])
+    elif words[:2] == ["python", "-m"] and words[2].startswith("benchmarks."):
+        programme = importlib.import_module(words[2])
+        if len(words) > 3:
+            programme.read_options(words[3:])
+        else:
+            assert programme.main
     elif words[:2] == ["python", "-m"]:
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr("sys.argv", ["python"])

@@ -194,3 +194,16 @@ def test_nothing_is_scored_in_training_mode_or_without_examples():
         score_model(make_model(task).train(), task, draw_examples(task, 1))
     with pytest.raises(ValueError, match="at least one example, got none"):
         score_model(make_model(task), task, [])
+
+
+def test_a_model_of_nan_is_never_right():
+    task = ListOps(seq_len=64)
+    model = make_model(task)
+    torch.nn.init.constant_(next(model.parameters()), torch.nan)
+    examples = draw_examples(task, 40)
+    labels = torch.from_numpy(np.stack([example.labels for example in examples]))
+    tokens = torch.from_numpy(np.stack([example.tokens for example in examples]))
+    _, classes = answer_logits(model, task, {"tokens": tokens, "labels": labels})
+    # The index of the largest of NaN is 0, which is an answer, too.
+    assert (classes == 0).any()
+    assert score_model(model, task, examples).accuracy(task) == 0.0

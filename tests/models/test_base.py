@@ -95,6 +95,19 @@ def test_config_of_another_model_is_refused(model, tmp_path):
         LongNetLM.from_pretrained(tmp_path)
 
 
+def test_damaged_and_missing_weights_are_told_by_their_file(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors is damaged: .* Save or copy it again"
+    ):
+        LongNetLM.from_pretrained(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors must be what save_pretrained"):
+        LongNetLM.from_pretrained(tmp_path)
+
+
 def test_loading_is_strict(model, tmp_path):
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"

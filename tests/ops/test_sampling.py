@@ -41,6 +41,8 @@ def test_tokens_are_drawn_by_their_share(options, expected):
 def test_temperature_zero_takes_the_likeliest():
     assert draw_tokens(LOGITS[None], Sampling()).tolist() == [0]
     assert draw_tokens(LOGITS[None], Sampling(), banned_ids=[0, 1]).tolist() == [2]
+    # Next to nothing is nothing in float32.
+    assert draw_tokens(LOGITS[None], Sampling(temperature=1e-46)).tolist() == [0]
 
 
 def test_penalty_divides_positive_and_multiplies_negative_logits():

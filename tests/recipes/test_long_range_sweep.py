@@ -90,13 +90,11 @@ def test_a_sweep_compares_at_equal_flops_and_does_nothing_twice(tmp_path, in_pro
     page = config.page.read_text()
     assert "![accuracy over length](../out/found.svg)" in page
     assert page.count("\n## ") == 1
-    assert "worst and the best of several runs, of a single one the 95 %\ninterval" in page
+    assert "Spread is each of\nseveral runs, of a single one the 95 % interval" in page
     assert "most frequent in training examples" in page
     assert "## selective_copying\n\nSelective copying (Gu and Dao, arXiv 2312.00752): pick" in page
-    assert (
-        "`longnet_lm_tiny` begins untrained; segments 16, 4,096, rates 1, 2, `num_data_tokens=8`"
-        in page
-    )
+    assert "`longnet_lm_tiny` begins untrained; segments (length : rate) 16 : 1, 4,096 : 2" in page
+    assert ", `num_data_tokens=8`" in page
     assert page.count("\n| ") == 2 + 2 * 4
     assert f"| dense | {100 * cells[3].mean:.1f} |" in page
     printed = capsys.readouterr().out
