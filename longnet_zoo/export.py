@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -58,12 +59,13 @@ def _run(options: argparse.Namespace) -> None:
         model.save_pretrained(unfinished)
         card = _card(options, model, given)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
-    words = [f"--pretrained {folder}", *(f"--option {text}" for text in options.option)]
+    words = ["--pretrained", str(folder)]
+    words += [word for text in options.option for word in ("--option", text)]
     size = sum(file.stat().st_size for file in folder.iterdir())
     sys.stdout.write(
         f"{folder}: {type(model).__name__}, {model.num_params():,} parameters, {options.dtype}, "
         f"{size / 1e6:.1f} MB\n"
-        f"use: {' '.join(words)}, or {_call(options.model, str(folder), given)}\n"
+        f"use: {shlex.join(words)}, or {_call(options.model, str(folder), given)}\n"
     )
 
 
