@@ -65,7 +65,7 @@ test-fast: $(VENV)/.ready ## Run the tests that are neither slow nor distributed
 lint: $(VENV)/.ready ## Check style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy
+	$(RUN) -m mypy --num-workers 2
 
 format: $(VENV)/.ready ## Mend style where it can be done automatically
 	$(RUN) -m ruff check --fix .

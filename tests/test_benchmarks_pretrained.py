@@ -189,6 +189,5 @@ def test_card_compares_with_dense_attention_once_that_is_trained():
         cell = {"way": "dense", "context": context, "bits_per_byte": bits}
         document["cells"].append({"standard_error": 0.01, "num_bytes": 1e6, **cell})
     text = model_card.card(document, run_of(30, 2e6, "A"), run_of(7, 5e5, "A"))
-    assert (
-        "2.50e+14 FLOPs read 0.5 million bytes in 7 steps: 2.750 at 16 bytes, 1.750 at 64" in text
-    )
+    assert "2.50e+14 FLOPs read 0.5 million bytes in 7 steps, with a context of up to 64" in text
+    assert ": 2.750 at 16 bytes, 1.750 at 64, which is 0.250 more than dilated." in text
