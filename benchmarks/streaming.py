@@ -362,7 +362,7 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--chunk-sizes",
         type=at_least_1,
         nargs="+",
-        default=[6000, 8192],
+        default=[6000, 32768],
         help="tokens read at once",
     )
     parser.add_argument(

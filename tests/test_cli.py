@@ -109,7 +109,7 @@ def test_info_as_json_is_the_whole_info(capsys):
     assert info["num_params"] == model_info("longnet_lm_tiny").num_params
     assert info["seq_len"] == 32768
     assert info["published_options"] == {"head_offset": "block", "padded_keys": "zero"}
-    assert info["config"]["segment_lengths"] == [2048, 8192, 32768]
+    assert info["config"]["segment_lengths"] == [4096, 32768]
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
