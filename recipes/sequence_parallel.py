@@ -273,7 +273,7 @@ def _check_restarts() -> None:
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise ValueError(
-            "a restarted job must not meet the store of the one before (github.com/pytorch/pytorch "
-            f"issue 135712), got torchrun --max-restarts={restarts}, which keeps it. Set the "
-            "environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun."
+            "a restarted job must not meet the store of the one before, got torchrun "
+            f"--max-restarts={restarts}, which keeps it. Set the environment variable "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun."
         )

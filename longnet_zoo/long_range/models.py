@@ -119,9 +119,11 @@ def _load_folder(path: Path) -> tuple[nn.Module, Mapping[str, Any]]:
             f"{_CONFIG_FILE}. Of a run of recipes.long_range give its folder `model`."
         )
     model_class = getattr(zoo, str(_read_object(config).get("model")), None)
-    is_model = isinstance(model_class, type) and issubclass(model_class, ZooModel)
-    # Base classes have no config.
-    if model_class is None or not is_model or not hasattr(model_class, "config_class"):
+    if not (
+        isinstance(model_class, type)
+        and issubclass(model_class, ZooModel)
+        and hasattr(model_class, "config_class")  # base classes have none
+    ):
         raise ValueError(
             f"--models takes folders that save_pretrained wrote, got {str(path)!r}, whose "
             f"{_CONFIG_FILE} names no model of the zoo."
