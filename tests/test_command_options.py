@@ -3,6 +3,10 @@ import pytest
 from longnet_zoo.command_options import read_options
 
 
+def build(name, *, device="cpu", **options):
+    """Takes options, beside arguments of its own."""
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -21,7 +25,7 @@ from longnet_zoo.command_options import read_options
     ],
 )
 def test_values_are_json_or_lists_or_words(text, value):
-    options = read_options([text])
+    options = read_options([text], function=build)
     assert options == {"a": value}
     assert type(options["a"]) is type(value)
 
@@ -36,8 +40,9 @@ def test_values_are_json_or_lists_or_words(text, value):
         (["a=NaN"], "takes finite numbers, got 'NaN'"),
         (["a=1e999"], "takes finite numbers, got '1e999'"),
         (["a=[1, -Infinity]"], r"takes finite numbers, got '\[1, -Infinity\]'"),
+        (["device=cpu"], "takes no device, got 'device=cpu'"),
     ],
 )
 def test_what_cannot_be_read_is_refused(texts, message):
     with pytest.raises(ValueError, match=message):
-        read_options(texts)
+        read_options(texts, function=build)
