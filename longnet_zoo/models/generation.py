@@ -155,6 +155,11 @@ class _StopRules:
                 f"stop_strings must be texts that are not empty, got {strings!r}. Put a single one "
                 "in a tuple."
             )
+        # Bytes of a command line that are no UTF-8 have become surrogates, which no text has.
+        if any("\ud800" <= character <= "\udfff" for x in strings for character in x):
+            raise ValueError(
+                f"stop_strings must be of characters that UTF-8 has, got {tuple(strings)!r}."
+            )
         if strings and tokenizer is None:
             raise ValueError(f"stop_strings={tuple(strings)} need tokenizer, got tokenizer=None.")
         self._strings, self._tokenizer = strings, tokenizer

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .pattern import check_seq_len
 from .seeded import draw_blocks
 
 __all__ = [
@@ -79,8 +80,9 @@ class BlockSparse:
         """Counts the (query, key) pairs of all heads.
 
         Raises:
-            ValueError: If the mask is too small, or has other heads.
+            ValueError: If `seq_len` is below 1, or the mask is too small or has other heads.
         """
+        check_seq_len(seq_len)
         num_blocks = -(-seq_len // self.block_size)
         self.check_fits(seq_len, num_heads)
         mask = self.block_mask[..., :num_blocks, :num_blocks]
@@ -159,7 +161,12 @@ class BigBirdBlocks:
         return replace(self, seed=_seed_of_layer(self.seed, layer))
 
     def attended_pairs(self, seq_len: int, num_heads: int, *, is_causal: bool = False) -> int:
-        """Counts the (query, key) pairs of all heads."""
+        """Counts the (query, key) pairs of all heads.
+
+        Raises:
+            ValueError: If `seq_len` is below 1.
+        """
+        check_seq_len(seq_len)
         queries, keys = self.block_pairs(-(-seq_len // self.block_size))
         pairs = _count_pairs(queries, keys, self.block_size, seq_len, is_causal=is_causal)
         return num_heads * pairs
@@ -213,7 +220,12 @@ class HashBuckets:
         return replace(self, seed=_seed_of_layer(self.seed, layer))
 
     def attended_pairs(self, seq_len: int, num_heads: int, *, is_causal: bool = False) -> int:
-        """Estimates the (query, key) pairs of all heads, as if tokens filled buckets evenly."""
+        """Estimates the (query, key) pairs of all heads, as if tokens filled buckets evenly.
+
+        Raises:
+            ValueError: If `seq_len` is below 1.
+        """
+        check_seq_len(seq_len)
         pairs = seq_len * (seq_len + 1) // 2 if is_causal else seq_len**2
         return num_heads * self.num_rounds * -(-pairs // self.num_buckets)
 

@@ -18,13 +18,19 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["DENSE_SEGMENT", "DilatedPattern", "HeadOffset", "PaddedKeys"]
+__all__ = ["DENSE_SEGMENT", "DilatedPattern", "HeadOffset", "PaddedKeys", "check_seq_len"]
 
 # One segment longer than any sequence: dense attention.
 DENSE_SEGMENT = 2**30
 
 HeadOffset = Literal["modulo", "block"]
 PaddedKeys = Literal["ignore", "zero"]
+
+
+def check_seq_len(seq_len: int) -> None:
+    """Refuses a sequence of no tokens, or of fewer."""
+    if seq_len < 1:
+        raise ValueError(f"seq_len must be at least 1, got {seq_len}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +160,7 @@ class DilatedPattern:
         Raises:
             ValueError: If `seq_len` is below 1.
         """
-        if seq_len < 1:
-            raise ValueError(f"seq_len must be at least 1, got {seq_len}.")
+        check_seq_len(seq_len)
         pairs = 0
         for branch, (segment_length, rate) in enumerate(self.branches):
             length = min(segment_length, seq_len)

@@ -163,6 +163,7 @@ def test_stop_strings_end_a_row():
         ),
         ({"stop_strings": "x"}, TypeError, "must be texts that are not empty, got 'x'"),
         ({"stop_strings": ["x"]}, ValueError, r"stop_strings=\('x',\) need tokenizer"),
+        ({"stop_strings": ["\udcff"]}, ValueError, "must be of characters that UTF-8 has"),
         (
             {"stop_strings": ["x"], "tokenizer": ByteTokenizer()},
             ValueError,

@@ -269,6 +269,19 @@ def test_a_negative_scale_is_refused():
         attend(HashBuckets(num_buckets=4), scale=-0.5)
 
 
+@pytest.mark.parametrize(
+    "branch",
+    [
+        BlockSparse(block_mask=MASK, block_size=4),
+        BigBirdBlocks(block_size=4),
+        HashBuckets(num_buckets=4),
+    ],
+)
+def test_pairs_of_no_tokens_are_not_counted(branch):
+    with pytest.raises(ValueError, match="seq_len must be at least 1, got -100"):
+        branch.attended_pairs(-100, 2)
+
+
 def test_pairs_of_a_mask_that_does_not_fit_are_not_counted():
     branch = BlockSparse(block_mask=MASK, block_size=4)
     with pytest.raises(ValueError, match="must cover seq_len=13"):
