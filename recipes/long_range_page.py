@@ -2,10 +2,11 @@
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from longnet_zoo import model_info
 from longnet_zoo.bench import markdown_table
 from longnet_zoo.long_range import TASKS, Cell
 from longnet_zoo.long_range.table import COLUMNS, rows
@@ -75,9 +76,18 @@ def _words(model: Mapping[str, Any]) -> str:
     """Returns what a task asks, and of which model."""
     about = inspect.getdoc(inspect.getmodule(TASKS[model["task"]])).splitlines()[0]
     options = {**(model.get("task_options") or {}), **(model.get("model_options") or {})}
-    begins = "with its trained weights" if model.get("pretrained") else "untrained"
-    branches = zip(model["segment_lengths"] or (), model["dilation_rates"] or (), strict=True)
-    pattern = ", ".join(f"{length:,} : {rate}" for length, rate in branches) or "those of the model"
+    own = model_info(model["model_name"]).pattern
+    own_branches = _branches(own.segment_lengths, own.dilation_rates)
+    begins = "untrained"
+    if weights := model.get("pretrained"):
+        known = f"its weights, trained with {own_branches}" if weights is True else f"`{weights}`"
+        begins = f"with {known}"
+    pattern = _branches(model["segment_lengths"] or (), model["dilation_rates"] or ())
     others = "".join(f", `{name}={value}`" for name, value in options.items())
     start = f"`{model['model_name']}` begins {begins}"
-    return f"{about}\n\n{start}; segments (length : rate) {pattern}{others}."
+    return f"{about}\n\n{start}; segments (length : rate) {pattern or own_branches}{others}."
+
+
+def _branches(segment_lengths: Iterable[int], dilation_rates: Iterable[int]) -> str:
+    pairs = zip(segment_lengths, dilation_rates, strict=True)
+    return ", ".join(f"{length:,} : {rate}" for length, rate in pairs)
