@@ -10,7 +10,9 @@ PIP_FLAGS ?=
 ARGS ?=
 
 RUN := $(VENV)/bin/python
-# Python compiles what it imports by itself; all of it at once takes a minute.
+# Python compiles what it imports by itself, once; all of it at once takes a minute. Where containers
+# forbid to keep what was compiled, every process would need ten seconds for PyTorch alone.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --no-input --no-compile
 CONFIG ?= configs/text/quickstart.yaml
 RESULTS := benchmarks/results
@@ -103,6 +105,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(VENV)/.python
 	@$(PIP_INSTALL) $(PIP_FLAGS) \
 	    --no-deps torchscale fairscale --constraint constraints.txt \
 	    || echo "note: without torchscale, the tests that compare with it are skipped" >&2
+	@$(RUN) -c "import lightning, longnet_zoo" # what every command imports
 	@touch $@
 	@echo "set-up done: it is repeated only when pyproject.toml, constraints.txt or the Python change"
 

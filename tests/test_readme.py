@@ -65,7 +65,7 @@ def test_the_programme_for_many_devices_prints_what_one_process_finds(tmp_path):
     (line,) = (x for x in lines if re.fullmatch(r"[\d.]+ [\d.]+", x))
     torch.manual_seed(0)
     model = create_model("longnet_lm_tiny")
-    tokens = torch.randint(0, 256, (1, 10_001))
+    tokens = torch.randint(0, 256, (1, 3001))
     loss = model.loss(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
     expected = loss.item(), model.embedding.weight.grad.norm().item()
