@@ -88,7 +88,7 @@ def torchrun(
     args: Sequence[str],
     *,
     world_size: int,
-    timeout_s: float = 100,
+    timeout_s: float = 200,
     options: Sequence[str] = (),
     env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
