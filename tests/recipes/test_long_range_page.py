@@ -8,7 +8,7 @@ MODEL = {
     "segment_lengths": [64, 256],
     "dilation_rates": [1, 2],
 }
-ENVIRONMENT = dict.fromkeys(("device", "torch", "commit", "date"), ["1"])
+ENVIRONMENT = {name: ["1"] for name in ("device", "torch", "commit", "date")}
 
 
 @pytest.mark.parametrize(
