@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -42,15 +43,20 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Arguments; None takes those of the process.
 
     Returns:
-        The exit code, 0. Wrong arguments raise SystemExit with code 2 after one line on stderr, and
-        Ctrl-C with code 130.
+        The exit code, 0. Wrong arguments raise SystemExit with code 2 after one line on stderr,
+        Ctrl-C with code 130, and a reader that leaves (`| head`) with code 1.
     """
     parser = _make_parser()
     options = parser.parse_args(args)
     try:
         options.run(options)
+        sys.stdout.flush()
     except MemoryError as error:
         parser.exit(2, f"{parser.prog}: error: out of memory. {error}\n")
+    except BrokenPipeError:
+        # Whoever read has what they wanted; what is left to write must not fail on the way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        parser.exit(1)
     except _USER_ERRORS as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
     except KeyboardInterrupt:

@@ -287,3 +287,26 @@ def test_module_runs_as_a_programme():
     )
     assert done.stdout.startswith("longnet-zoo ")
     assert done.stderr == ""
+
+
+def test_memory_that_does_not_suffice_is_said_in_one_line(monkeypatch, capsys):
+    def fail(options):
+        raise MemoryError("Unable to allocate 8 TiB")
+
+    monkeypatch.setattr(cli, "_list", fail)
+    with pytest.raises(SystemExit) as stop:
+        main(["list"])
+    assert stop.value.code == 2
+    assert (
+        capsys.readouterr().err == "longnet-zoo: error: out of memory. Unable to allocate 8 TiB\n"
+    )
+
+
+def test_a_reader_may_leave():
+    command = [sys.executable, "-m", "longnet_zoo.cli", "info", "longnet_lm_tiny", "--json"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1]
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1

@@ -39,6 +39,8 @@ def test_folder_holds_weights_options_and_card(model, tmp_path, capsys):
     loaded = create_model("longnet_lm_tiny", pretrained=folder, **OPTIONS)
     for name, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight)
+    weights, config = (folder / name for name in ("model.safetensors", "config.json"))
+    assert weights.stat().st_mode == config.stat().st_mode
 
 
 def test_weights_are_rounded_on_request(model, tmp_path):

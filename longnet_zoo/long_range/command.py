@@ -55,7 +55,9 @@ def add_evaluate_command(commands: Any) -> None:
     )
     command.add_argument("--seeds", type=int, default=1, help="seeds of examples (default: 1)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    command.add_argument("--output", type=Path, help="write a JSON file")
+    command.add_argument(
+        "--output", type=Path, help="write a JSON file, after every length and label"
+    )
     command.add_argument(
         "--picture", action="store_true", help="draw .svg and .png beside the JSON file"
     )
@@ -74,27 +76,34 @@ def _run(options: argparse.Namespace) -> None:
         models.append((source.label, model.to(device), dict(training)))
     num_labels = len({label for label, _, _ in models})
     cells: list[Cell] = []
-    with make_progress() as progress:
-        bar = progress.add_task("examples", total=num_labels * len(tasks))
-        for cell in evaluate(
-            models,
-            tasks,
-            num_examples=options.examples,
-            seeds=options.seeds,
-            on_start=lambda words, n: progress.update(bar, description=escape(f"{words} {n:,}")),
-            on_score=lambda label, n: progress.advance(bar),
-        ):
-            cells.append(cell)
-    if options.output is not None:
-        document = {
-            "benchmark": "evaluate",
-            "command": shlex.join(_words(options)),
-            "task": tasks[0].name,
-            "environment": environment(device),
-            "cells": [asdict(cell) for cell in cells],
-        }
-        write_json(document, options.output)
-    _print(cells, title=tasks[0].name)
+    document = {
+        "benchmark": "evaluate",
+        "command": shlex.join(_words(options)),
+        "task": tasks[0].name,
+        "environment": environment(device),
+    }
+    try:
+        with make_progress() as progress:
+            bar = progress.add_task("examples", total=num_labels * len(tasks))
+            for cell in evaluate(
+                models,
+                tasks,
+                num_examples=options.examples,
+                seeds=options.seeds,
+                on_start=lambda words, n: progress.update(
+                    bar, description=escape(f"{words} {n:,}")
+                ),
+                on_score=lambda label, n: progress.advance(bar),
+            ):
+                cells.append(cell)
+                if options.output is not None:
+                    write_json(
+                        {**document, "cells": [asdict(cell) for cell in cells]}, options.output
+                    )
+    finally:
+        # What was found before an error or an interruption stays.
+        if cells:
+            _print(cells, title=tasks[0].name)
     if options.output is not None:
         paths = [options.output, *_draw(options, cells, tasks[0].name)]
         sys.stdout.writelines(f"wrote {path}\n" for path in paths)
@@ -131,7 +140,7 @@ def _words(options: argparse.Namespace) -> list[str]:
 def _draw(options: argparse.Namespace, cells: Sequence[Cell], name: str) -> tuple[Path, ...]:
     if not options.picture:
         return ()
-    facts = f"{cells[0].num_examples} test examples a length"
+    facts = f"test examples of each length: {cells[0].num_examples}"
     figure = draw_accuracy({name: cells}, title="Accuracy by length", facts=facts)
     return save_picture(figure, options.output)
 

@@ -17,7 +17,7 @@ from longnet_zoo.weights.keys import as_arguments
 
 from .reading import check_model, flops_per_example
 from .score import Score, draw_examples, majority, score_model
-from .task import Example, Task
+from .task import Example, Task, check_range
 
 __all__ = ["Cell", "evaluate", "make_cell"]
 
@@ -128,11 +128,11 @@ def evaluate(
 
     Raises:
         ValueError: A model cannot do a task, runs of a label are of different models, or a number
-            is below 1.
+            is below 1 or above 2**24.
+        TypeError: A number is no integer.
     """
-    for name, value in (("num_examples", num_examples), ("seeds", seeds)):
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}.")
+    check_range("num_examples", num_examples, least=1)
+    check_range("seeds", seeds, least=1)
     for label, model, _ in models:
         for task in tasks:
             check_model(model, task, name=label)

@@ -23,6 +23,7 @@ COLUMNS = ("tokens", "model", "accuracy", "spread", "runs", "FLOPs", "training")
 # Names of rows and lines that are no labels.
 GUESSES = _CHANCE, _CONSTANT = "chance", "constant"
 _GREY = "#6b7280"
+_LONGEST_NAME = 30  # characters in a legend beside which a panel still shows its lines
 
 
 def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
@@ -163,4 +164,10 @@ def _finish(axes: Axes, cells: Sequence[Cell]) -> None:
             shares = [100 * share for share in cell.accuracies]
             axes.plot([cell.seq_len] * len(shares), shares, "k.", markersize=3)
     axes.set_ylim(0, 105)
-    axes.legend(fontsize=8.5, frameon=False)
+    lines, names = axes.get_legend_handles_labels()
+    axes.legend(lines, [_shortened(name) for name in names], fontsize=8.5, frameon=False)
+
+
+def _shortened(name: str) -> str:
+    """Keeps the end of a long name, where paths differ."""
+    return name if len(name) <= _LONGEST_NAME else f"\u2026{name[1 - _LONGEST_NAME :]}"

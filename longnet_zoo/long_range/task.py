@@ -41,6 +41,8 @@ _SPLITS: tuple[str, ...] = get_args(Split)
 _SPLIT_OF_HASH = (*["train"] * 6, "val", "test")
 # A split with one sequence of a thousand is missed by so many draws once in 20,000 times.
 _MAX_DRAWS = 10_000
+# Of tokens, pairs or ids. To draw an example of more takes longer than anybody waits for it.
+_MOST = 2**24
 
 
 class Example(NamedTuple):
@@ -138,16 +140,18 @@ def stack_examples(examples: Sequence[Example]) -> dict[str, Tensor]:
 
 
 def check_range(name: str, value: object, *, least: int, cure: str = "") -> None:
-    """Refuses what is no integer, or too small.
+    """Refuses what is no integer, too small, or beyond what can be drawn.
 
     Raises:
         TypeError: It is no integer.
-        ValueError: It is smaller than `least`.
+        ValueError: It is smaller than `least`, or larger than 2**24.
     """
     if type(value) is not int:
         raise TypeError(f"{name} must be an integer, got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be {least} or more, got {value}. {cure}".rstrip())
+    if value > _MOST:
+        raise ValueError(f"{name} must be {_MOST:,} or less, got {value}.")
 
 
 def check_number(name: str, value: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -152,6 +153,8 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="longnet_zoo"):
         content = {_MODEL_KEY: type(self).__name__, **asdict(self.config)}
         path = save_directory / constants.CONFIG_NAME
         path.write_text(json.dumps(content, sort_keys=True, indent=2) + "\n")
+        # Safetensors lets only the owner read what it writes.
+        shutil.copymode(path, save_directory / constants.SAFETENSORS_SINGLE_FILE)
 
     @classmethod
     def from_pretrained(

@@ -22,6 +22,8 @@ __all__ = ["DENSE_SEGMENT", "DilatedPattern", "HeadOffset", "PaddedKeys", "check
 
 # One segment longer than any sequence: dense attention.
 DENSE_SEGMENT = 2**30
+# What PyTorch passes to operators has 64 bits.
+_LONGEST = 2**63 - 1
 
 HeadOffset = Literal["modulo", "block"]
 PaddedKeys = Literal["ignore", "zero"]
@@ -77,6 +79,11 @@ class DilatedPattern:
             raise ValueError(
                 f"segment_lengths must be positive and strictly increasing, got {lengths}. "
                 "Sort them, and give each length once."
+            )
+        if lengths[-1] > _LONGEST:
+            raise ValueError(
+                f"segment_lengths must be {_LONGEST} or less, got {lengths[-1]}. DENSE_SEGMENT is "
+                "longer than any sequence."
             )
         for length, rate in self.branches:
             if not 1 <= rate <= length:

@@ -55,7 +55,7 @@ class Sampling:
             if not is_number and not (value is None and name in ("top_p", "min_p")):
                 raise TypeError(f"{name} must be a number, got {value!r}.")
         for name, value, is_right, rule in (
-            ("temperature", self.temperature, _is_in(self.temperature, 0.0), "0 or more"),
+            ("temperature", self.temperature, _is_in(self.temperature, 0.0), "finite, 0 or more"),
             ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "None, or 1 or more"),
             ("top_p", self.top_p, _is_share(self.top_p), "None, or in (0, 1]"),
             ("min_p", self.min_p, _is_share(self.min_p), "None, or in (0, 1]"),
@@ -63,7 +63,7 @@ class Sampling:
                 "repetition_penalty",
                 self.repetition_penalty,
                 _is_in(self.repetition_penalty, 0.0) and self.repetition_penalty > 0,
-                "above 0",
+                "finite, above 0",
             ),
         ):
             if not is_right:

@@ -80,7 +80,7 @@ def score_file(
 
     Raises:
         ValueError: If the file is no file or holds no text, the tokenizer has ids that the model
-            lacks, or the model is in training mode.
+            lacks, the model is in training mode, or `chunk_size` out of range.
         TypeError: If the model is not a causal model of text, or `chunk_size` no integer.
         OSError: If the file cannot be read.
 
@@ -93,8 +93,8 @@ def score_file(
     size = _chunk_size(model.config.pattern) if chunk_size is None else chunk_size
     if type(size) is not int:
         raise TypeError(f"chunk_size must be an integer, got {size!r}.")
-    if size < 1:
-        raise ValueError(f"chunk_size must be 1 or more, got {size}.")
+    if not 1 <= size < 2**31:
+        raise ValueError(f"chunk_size must be 1 or more and below 2**31, got {size}.")
     if Path(path).exists() and not Path(path).is_file():
         raise ValueError(f"what is scored must be a file, got {path}. Write pipes to one first.")
     device = next(model.parameters()).device

@@ -26,7 +26,8 @@ def load_state_dict(
 
     Raises:
         ValueError: If keys are missing, unexpected or of another shape, or a value is no tensor
-            with data, or not of a floating-point type where the model's is; the message has all.
+            with data, not of a floating-point type where the model's is, or not finite; the
+            message has all.
     """
     others = sorted(
         str(key)
@@ -56,6 +57,7 @@ def load_state_dict(
             + _cure(model, state_dict, [*missing, *unexpected, *misshaped])
         )
     _check_types(wanted, state_dict, source)
+    _check_finite(state_dict, source)
     model.load_state_dict(dict(state_dict))
 
 
@@ -72,6 +74,16 @@ def _check_types(
         raise ValueError(
             f"{source} must have floating-point tensors where the model has, got "
             f"{', '.join(wrong)}. Dequantize or cast them on purpose."
+        )
+
+
+def _check_finite(state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Refuses what a training that diverged or a damaged file leaves, and all results would be."""
+    wrong = sorted(key for key, x in state_dict.items() if not bool(x.isfinite().all()))
+    if wrong:
+        raise ValueError(
+            f"{source} must have finite numbers only, got NaN or infinity in {len(wrong)} tensors "
+            f"({', '.join(wrong)}). Take an earlier checkpoint."
         )
 
 

@@ -216,7 +216,7 @@ def test_picture_has_a_panel_a_task_with_lines_spread_and_guesses():
 
 
 def test_picture_shows_labels_that_matplotlib_would_hide_or_read(tmp_path):
-    labels = ["_seed", "$x", "$\\no$"]
+    labels = ["_seed", "$x", "$\\no$", "runs/long_range/selective_copying/model"]
     figure = draw_accuracy(
         {"mqar": [dataclasses.replace(cells()[0], label=label) for label in labels]},
         title="t",
@@ -224,7 +224,9 @@ def test_picture_shows_labels_that_matplotlib_would_hide_or_read(tmp_path):
     )
     figure.savefig(tmp_path / "a.png")
     names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert names == [" _seed", r"\$x", r"\$\no\$", "chance", "constant"]
+    path = "\u2026range/selective_copying/model"
+    assert names == [" _seed", r"\$x", r"\$\no\$", path, "chance", "constant"]
+    assert len(path) == 30
 
 
 def test_command_prints_writes_and_draws(tmp_path, capsys):
@@ -264,6 +266,23 @@ def test_figures_are_written_before_they_are_printed(tmp_path, monkeypatch):
     assert json.loads(output.read_text())["cells"][0]["label"] == "[/b]"
 
 
+def test_what_was_found_before_an_interruption_stays(tmp_path, monkeypatch, capsys):
+    def stop(model, task, examples, **options):
+        if task.seq_len == 40:
+            raise KeyboardInterrupt
+        return score_model(model, task, examples, **options)
+
+    monkeypatch.setattr(evaluation, "score_model", stop)
+    folder, output = save_run(tmp_path / "model", 0), tmp_path / "found.json"
+    task = ["--task", "selective_copying", "--lengths", "32", "40", "--examples", "2"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", *task, "--models", f"ours={folder}", "--output", str(output)])
+    assert stopped.value.code == 130
+    (cell,) = json.loads(output.read_text())["cells"]
+    assert (cell["label"], cell["seq_len"]) == ("ours", 32)
+    assert "ours" in capsys.readouterr().out
+
+
 def test_labels_are_no_markup_of_the_progress_bar(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     folder = save_run(tmp_path / "model", 0)
@@ -280,7 +299,8 @@ def test_labels_are_no_markup_of_the_progress_bar(tmp_path, monkeypatch, capsys)
         (["--task", "copying"], "task must be one of mqar"),
         (["--option", "seq_len=9"], "--option takes no seq_len, got 'seq_len=9'. Where"),
         (["--option", "name=x"], "--option takes no name, got 'name=x'"),
-        (["--lengths", "1099511627776"], "error: out of memory. Unable to allocate"),
+        (["--lengths", "16777217"], "seq_len must be 16,777,216 or less, got 16777217"),
+        (["--seeds", "16777217"], "seeds must be 16,777,216 or less, got 16777217"),
         (["--option", "size=9"], "has no options size"),
         (["--task", "passkey", "--option", "depth=abc"], "depth must be a number, got 'abc'"),
         (

@@ -93,6 +93,7 @@ def test_pattern_is_frozen_and_hashable():
         ((8, 4), (1, 2), r"strictly increasing, got \(8, 4\)"),
         ((4, 4), (1, 2), r"strictly increasing, got \(4, 4\)"),
         ((0, 4), (1, 2), r"strictly increasing, got \(0, 4\)"),
+        ((4, 2**63), (1, 2), "segment_lengths must be 9223372036854775807 or less, got 92233720"),
         ((4, 8), (1, 0), r"got rate 0 for segment length 8"),
         ((4, 8), (5, 1), r"got rate 5 for segment length 4"),
     ],

@@ -86,15 +86,20 @@ def test_a_generator_repeats_its_draws():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"temperature": -0.1}, ValueError, "temperature must be 0 or more, got -0.1"),
-        ({"temperature": float("nan")}, ValueError, "temperature must be 0 or more, got nan"),
+        ({"temperature": -0.1}, ValueError, "temperature must be finite, 0 or more, got -0.1"),
+        ({"temperature": float("nan")}, ValueError, "must be finite, 0 or more, got nan"),
+        ({"temperature": float("inf")}, ValueError, "must be finite, 0 or more, got inf"),
         ({"top_k": 0}, ValueError, "top_k must be None, or 1 or more, got 0"),
         ({"temperature": "0.5"}, TypeError, "temperature must be a number, got '0.5'"),
         ({"min_p": True}, TypeError, "min_p must be a number, got True"),
         ({"top_k": 1.5}, TypeError, "top_k must be None or an integer, got 1.5"),
         ({"top_p": 0.0}, ValueError, r"top_p must be None, or in \(0, 1\], got 0.0"),
         ({"min_p": 1.1}, ValueError, r"min_p must be None, or in \(0, 1\], got 1.1"),
-        ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty must be above 0, got 0.0"),
+        (
+            {"repetition_penalty": 0.0},
+            ValueError,
+            "repetition_penalty must be finite, above 0, got 0",
+        ),
     ],
 )
 def test_bad_options_are_refused(options, error, message):

@@ -91,8 +91,10 @@ def test_what_cannot_be_scored_is_refused(model, file, tmp_path):
         score_file(model, tmp_path, ByteTokenizer())
     with pytest.raises(TypeError, match=r"chunk_size must be an integer, got 2.5"):
         score_file(model, file, ByteTokenizer(), chunk_size=2.5)
-    with pytest.raises(ValueError, match="chunk_size must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match=r"chunk_size must be 1 or more and below .*, got 0"):
         score_file(model, file, ByteTokenizer(), chunk_size=0)
+    with pytest.raises(ValueError, match=r"below 2\*\*31, got 2147483648"):
+        score_file(model, file, ByteTokenizer(), chunk_size=2**31)
     small = create_model("longnet_lm_tiny", **SMALL, vocab_size=100).eval()
     with pytest.raises(ValueError, match="all 259 ids of the tokenizer, got one with vocab_size=1"):
         score_file(small, file, ByteTokenizer())

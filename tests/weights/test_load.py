@@ -132,6 +132,17 @@ def test_state_dict_of_something_else_is_refused():
         load_state_dict(nn.Linear(3, 2), wrong, source="my dict")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(value):
+    model = nn.Linear(3, 2)
+    before = model.bias.clone()
+    wrong = state() | {"weight": torch.tensor([[0.0, 0.0, 0.0], [0.0, value, 0.0]])}
+    message = r"my file must have finite numbers only, got .* in 1 tensors \(weight\)\. Take an"
+    with pytest.raises(ValueError, match=message):
+        load_state_dict(model, wrong, source="my file")
+    assert torch.equal(model.bias, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.bool])
 def test_tensors_that_would_be_cut_to_fit_are_refused(dtype):
     model = nn.Linear(3, 2)
