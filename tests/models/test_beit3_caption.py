@@ -268,7 +268,7 @@ def test_questions_about_images_with_a_dilated_pattern():
     [
         ({"max_new_tokens": 0}, ValueError, "got max_new_tokens=0 and end_id=0"),
         ({"end_id": 61}, ValueError, r"end_id in \[0, 61\), got max_new_tokens=3 and end_id=61"),
-        ({"temperature": -1.0}, ValueError, "temperature must be 0 or more, got -1.0"),
+        ({"temperature": -1.0}, ValueError, "temperature must be finite, 0 or more, got -1.0"),
         ({"top_k": 2.5}, TypeError, "top_k must be None or an integer, got 2.5"),
         ({"end_id": None}, TypeError, "must be integers, got max_new_tokens=3 and end_id=None"),
         ({"top_k": 0}, ValueError, "top_k must be None, or 1 or more, got 0"),

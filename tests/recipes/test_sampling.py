@@ -31,7 +31,7 @@ def test_sample_continues_the_prompt_and_shows_no_control_characters():
         ({"prompts": ()}, r"prompts must be .* not empty, got \(\)"),
         ({"prompts": ("a", "")}, r"prompts must be .* not empty, got \('a', ''\)"),
         ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more, got 0"),
-        ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
+        ({"temperature": -1.0}, "temperature must be finite, 0 or more, got -1.0"),
         ({"top_k": 0}, "top_k must be None, or 1 or more, got 0"),
         ({"mask": ""}, "mask must not be empty, got ''"),
     ],
